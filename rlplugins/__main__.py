@@ -1,0 +1,5 @@
+"""`python -m rlplugins`."""
+
+from rlplugins.cli import main
+
+main()
