@@ -1,0 +1,9 @@
+"""{description}."""
+
+from rlplugins import Plugin, hookimpl
+
+
+class {class_name}(Plugin):
+    """{description}."""
+
+    name = "{slug}"
