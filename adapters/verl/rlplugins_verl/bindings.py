@@ -1,0 +1,118 @@
+"""Every point of verl that rlplugins binds to or calls, as it was in the version that was tested.
+
+`official`: a registry, an extension point, or a method of a class that verl lets one derive from and register.
+`patched`: something of verl's is replaced in place, in a run that asked for a stack.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Point:
+    """One function of verl.
+
+    Attributes:
+        file: inside the package.
+        name: dotted, inside the file.
+        signature: its arguments in the tested version.
+        kind: `official` or `patched`.
+        use: what it is for.
+    """
+
+    file: str
+    name: str
+    signature: str
+    kind: str
+    use: str
+
+
+BASE = "trainer/ppo/v1/trainer_base.py"
+POINTS = (
+    Point(BASE, "register_trainer", "(name)", "official", "rlplugins_sync, rlplugins_colocate_async"),
+    Point(BASE, "PPOTrainer.__init__", "(config)", "official", "the stack is built and checked"),
+    Point(BASE, "PPOTrainer._init_dataloader", "()", "official", "pool of prompts, plugin state"),
+    Point(BASE, "PPOTrainer.on_init_end", "()", "official", "handshake with the workers"),
+    Point(BASE, "PPOTrainer.fit", "(agent_loop_manager)", "official", "handshake with the agent-loop workers"),
+    Point(BASE, "PPOTrainer._next_train_batch", "(num_prompts)", "official", "hooks of the prompts"),
+    Point(BASE, "PPOTrainer._build_replay_buffer", "()", "official", "extend_rollouts, filter_rollouts"),
+    Point(BASE, "PPOTrainer._compute_advantage", "(batch, metrics)", "official", "hooks of the credit phase"),
+    Point(BASE, "PPOTrainer._update_actor", "(batch, metrics)", "official", "columns and shared values of the update"),
+    Point(BASE, "PPOTrainer._update_critic", "(batch, metrics)", "official", "value_targets, weights of the critic's loss"),
+    Point(BASE, "PPOTrainer._compute_old_log_prob", "(batch, metrics)", "official", "engine.log_probs"),
+    Point(BASE, "PPOTrainer._compute_ref_log_prob", "(batch, metrics)", "official", "engine.log_probs of the reference"),
+    Point(BASE, "PPOTrainer.on_step_begin", "()", "official", "the step opens, reference_policy"),
+    Point(BASE, "PPOTrainer.on_step_end", "()", "official", "on_step_end"),
+    Point(BASE, "PPOTrainer._consume_sync_metrics", "()", "official", "metrics"),
+    Point(BASE, "PPOTrainer._validate", "()", "official", "on_validation"),
+    Point(BASE, "PPOTrainer._save_checkpoint", "()", "official", "plugin state"),
+    Point(BASE, "PPOTrainer._load_checkpoint", "()", "official", "plugin state"),
+    Point("experimental/agent_loop/agent_loop.py", "register", "(agent_name)", "official", "rewrite_prompts, sampling_params"),
+    Point("experimental/agent_loop/agent_loop.py", "AgentLoopBase.run", "(sampling_params, **kwargs)", "official",
+          "rewrite_prompts, sampling_params"),
+    Point("workers/rollout/llm_server.py", "LLMServerClient.generate",
+          "(request_id, *, prompt_ids, sampling_params, image_data, video_data, audio_data, mm_processor_kwargs, **kwargs)",
+          "official", "forced response prefixes"),
+    Point("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ._run_prompt", "(prompt, sampling_params, trajectory, trace)",
+          "official", "allocate_rollouts (`__rollout_n__`)"),
+    Point("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopManagerTQ.generate_sequences", "(prompts)", "official",
+          "engine.generate"),
+    Point("workers/utils/padding.py", "no_padding_2_padding", "(tensor, data)", "official", "log-probs of the update"),
+    Point("utils/metric/utils.py", "Metric.__init__", "(aggregation, value)", "official", "metrics of the update"),
+    Point("trainer/ppo/v1/replay_buffer.py", "ReplayBuffer.sample", "(global_steps, partition_id, batch_size)", "patched",
+          "extend_rollouts, filter_rollouts: wrapped on the trainer's own buffer"),
+    Point("workers/engine/base.py", "BaseEngine.train_batch", "(data, loss_function)", "patched",
+          "prepare_mini_batch and the loss: replaced on the engines of actor and critic"),
+    Point("workers/engine/base.py", "BaseEngine.infer_batch", "(data, loss_function)", "official",
+          "log-probs of a whole mini-batch"),
+    Point("workers/engine_workers.py", "TrainingWorker.train_mini_batch", "(data)", "official", "one call per update"),
+    Point("workers/engine_workers.py", "TrainingWorker.train_batch", "(data)", "official", "one call per mini-batch"),
+    Point("trainer/main_ppo_v0.py", "TaskRunner.run", "(config)", "patched", "refuses a stack under verl's deprecated trainer"),
+)  # fmt: skip
+
+
+def package() -> Path:
+    """The folder of verl, which is not imported."""
+    spec = importlib.util.find_spec("verl")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def changed(root: Path) -> Iterator[tuple[Point, str]]:
+    """Each point with its signature in the verl at `root`, or `absent`."""
+    trees: dict[str, ast.Module | None] = {}
+    for point in POINTS:
+        if point.file not in trees:
+            path = root / point.file
+            trees[point.file] = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else None
+        tree = trees[point.file]
+        node = _find(tree, point.name) if tree is not None else None
+        yield point, "absent" if node is None else signature(node)
+
+
+def _find(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    body: list[ast.stmt] = tree.body
+    found: ast.stmt | None = None
+    for part in name.split("."):
+        found = next((node for node in body if getattr(node, "name", None) == part), None)
+        body = getattr(found, "body", [])
+    return found if isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef) else None
+
+
+def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """The names of the arguments, without `self`."""
+    given = node.args
+    names = [item.arg for item in (*given.posonlyargs, *given.args) if item.arg not in ("self", "cls")]
+    if given.vararg:
+        names.append(f"*{given.vararg.arg}")
+    elif given.kwonlyargs:
+        names.append("*")
+    names += [item.arg for item in given.kwonlyargs]
+    if given.kwarg:
+        names.append(f"**{given.kwarg.arg}")
+    return f"({', '.join(names)})"

@@ -1,0 +1,247 @@
+"""Between verl's columns and Rollouts: the only place that knows how verl lays rows out.
+
+verl keeps a row's response columns jagged (as long as the response) in TransferQueue and in its workers; hooks see them
+right-padded. What belongs to rlplugins travels under the prefix `rlplugins__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NonTensorStack, TensorDict
+from torch import Tensor
+
+from rlplugins.errors import DataError
+from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Rollouts
+
+PREFIX = "rlplugins__"
+PROMPT = f"{PREFIX}prompt"
+"""Column of a row: position of its prompt in the pool."""
+PLACE = f"{PREFIX}place"
+"""Column of a row: position of its prompt among all that were sent, over the whole run."""
+REQUESTS = f"{PREFIX}requests"
+"""Column of a prompt: what hooks made of each of its requests, or None."""
+REAL = f"{PREFIX}real"
+"""Column of a row: whether it is one, and not there to fill a mini-batch."""
+KEY = "_verl_key"
+"""Column of the rollouts: verl's key of the row; empty for a row that a plugin made."""
+
+OF_VERL = frozenset(
+    {"prompts", "responses", "response_mask", "loss_mask", "input_ids", "position_ids", "rollout_log_probs", "rm_scores",
+     "old_log_probs", "ref_log_prob", "entropy", "values", "log_probs", "advantages", "returns", "attention_mask",
+     "routed_experts", "multi_modal_inputs", "metrics", "extra_fields", "num_turns", "session_id", "uid", "global_steps",
+     "dummy_tensor", "agent_name", "raw_prompt", "index", "__rollout_n__", "__do_sample__", "mm_processor_kwargs",
+     "mm_processor_output", "reward_score", "token_level_rewards", "rollout_is_weights", "teacher_ids",
+     "teacher_logprobs", "tools_kwargs", "interaction_kwargs", "priority"}
+)  # fmt: skip
+"""Columns that are not the data's."""
+
+
+def padded(column: Any, width: int = 0) -> Tensor:
+    """(B, T) from a jagged column, zeros behind the end and up to `width`."""
+    dense: Tensor = column.to_padded_tensor(0) if column.is_nested else column
+    return torch.nn.functional.pad(dense, (0, max(0, width - dense.shape[1])))
+
+
+def as_list(column: Any) -> list[Any]:
+    """A column of Python objects as a list."""
+    if isinstance(column, Tensor):
+        return column.tolist()  # type: ignore[no-any-return]
+    items = column.tolist() if hasattr(column, "tolist") else list(column)
+    return [getattr(item, "data", item) if type(item).__name__.startswith("NonTensor") else item for item in items]
+
+
+def data_column(values: list[Any]) -> Column:
+    """Numbers as a tensor, everything else as it is."""
+    kinds = {type(value) for value in values}
+    if kinds == {bool} or (kinds == {int} and all(-(2**63) <= value < 2**63 for value in values)):
+        return torch.tensor(values)
+    if kinds and kinds <= {int, float}:
+        return torch.tensor(values, dtype=torch.float32)
+    return values
+
+
+def flattened(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The data columns of a row: its own, and what stands in `extra_info` and `reward_model`."""
+    found = {}
+    for name, value in row.items():
+        if name in ("extra_info", "reward_model") and isinstance(value, Mapping):
+            found |= {key: item for key, item in value.items() if key not in row}
+        found[name] = value
+    return found
+
+
+def data_columns(stored: Mapping[str, Any], rows: int) -> dict[str, Column]:
+    """The data columns of stored rows."""
+    names = [name for name in stored if name not in OF_VERL and not name.startswith(PREFIX)]
+    lists = {name: as_list(stored[name]) for name in names}
+    records = [flattened({name: lists[name][place] for name in names}) for place in range(rows)]
+    found = dict.fromkeys(name for record in records for name in record)
+    return {name: data_column([record.get(name) for record in records]) for name in found}
+
+
+def to_rollouts(
+    stored: Any, keys: Sequence[str], pool: Prompts, version: int, *, keep_log_probs: bool = False
+) -> Rollouts:
+    """The rows of a step, in the order in which they are given.
+
+    Args:
+        stored: what TransferQueue has of them.
+        keys: verl's keys.
+        pool: all prompts of the run.
+        version: updates that the policy had made when the step began, for rows that do not say it.
+        keep_log_probs: whether the stack reads the engine's log-probs.
+    """
+    rows = len(keys)
+    mask = padded(stored["response_mask"]).bool()
+    width = mask.shape[1]
+    uids = as_list(stored["uid"])
+    position = torch.tensor([int(place) for place in as_list(stored[PROMPT])])
+    known = position >= 0
+    groups = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
+    extra = [dict(item or {}) for item in as_list(stored["extra_fields"])]
+    components, names = components_of(extra)
+    written = _written(extra)
+    drawn = padded(stored["rollout_log_probs"], width).float() if "rollout_log_probs" in stored.keys() else None  # noqa: SIM118
+    columns = data_columns({name: stored[name] for name in stored.keys()}, rows)  # noqa: SIM118
+    columns[KEY] = list(keys)
+    return Rollouts(
+        prompt_keys=torch.where(known, pool.keys[position.clamp(min=0)], 0),
+        prompt_rows=torch.where(known, pool.rows[position.clamp(min=0)], -1),
+        groups=torch.tensor([groups[uid] for uid in uids]),
+        prompts=[row.tolist() for row in stored["prompts"].unbind()],
+        responses=padded(stored["responses"], width),
+        mask=mask,
+        scores=padded(stored["rm_scores"], width).float().sum(1, keepdim=True),
+        kind=torch.zeros(rows, dtype=torch.int8),
+        kinds=(POLICY,),
+        version=torch.tensor([_version(item, version) for item in extra]),
+        rollout_log_probs=drawn * mask if drawn is not None and keep_log_probs else None,
+        components=components,
+        component_names=names,
+        prefix=prefix_of(extra, mask),
+        columns=Columns(columns | written, frozenset(written)),
+    )
+
+
+def _version(extra: Mapping[str, Any], otherwise: int) -> int:
+    steps = extra.get("min_global_steps")
+    return otherwise if steps is None else int(steps)
+
+
+def _written(extra: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
+    """Columns that hooks added to the requests."""
+    names = dict.fromkeys(name for item in extra for name in item.get(f"{PREFIX}columns", {}))
+    return {name: data_column([item.get(f"{PREFIX}columns", {}).get(name) for item in extra]) for name in names}
+
+
+def components_of(extra: Sequence[Mapping[str, Any]]) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The numbers (B, K) that the reward function gave beside the score, and their names."""
+    given = [item.get("reward_extra_info") or {} for item in extra]
+    first = next((item for item in given if item), {})
+    names = tuple(name for name, value in first.items() if name != "score" and _is_number(value))
+    if not names:
+        return None, ()
+    numbers = [[float(item[name]) if _is_number(item.get(name)) else torch.nan for name in names] for item in given]
+    return torch.tensor(numbers, dtype=torch.float32), names
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (hasattr(value, "item") and getattr(value, "size", 1) == 1)
+
+
+def prefix_of(extra: Sequence[Mapping[str, Any]], mask: Tensor) -> Tensor | None:
+    """(B, T) bool, the forced beginning of each response; None if there is none."""
+    sizes = torch.tensor([int(item.get(f"{PREFIX}prefix", 0)) for item in extra])
+    if not bool(sizes.any()):
+        return None
+    return (torch.arange(mask.shape[1]) < sizes[:, None]) & mask
+
+
+def order_of(keys: Sequence[str], places: Sequence[int]) -> list[int]:
+    """Positions of the rows in the order of prompt and draw.
+
+    Raises:
+        DataError: if an agent loop gave several outputs for one request.
+    """
+    parts = [key.rsplit("_", 2) for key in keys]
+    if any(part[2] != "0" for part in parts):
+        raise DataError(
+            "an agent loop gave several outputs for one request; rlplugins takes one response per request: choose another "
+            "agent loop (actor_rollout_ref.rollout.agent.default_agent_loop)"
+        )
+    return sorted(range(len(keys)), key=lambda row: (places[row], parts[row][0], int(parts[row][1])))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the columns of an update travel.
+
+    Attributes:
+        layouts: per column `token` (jagged), `row` (B, n), `flat` (B,) or `objects`.
+        width: T of the step.
+    """
+
+    layouts: Mapping[str, str]
+    width: int
+
+
+def pack(columns: Mapping[str, Column]) -> tuple[dict[str, Any], Packing]:
+    """Columns of an update as TransferQueue stores them, B rows each; what is per token without its padding."""
+    mask = columns["mask"]
+    assert isinstance(mask, Tensor)
+    width = mask.shape[1]
+    layouts = {name: _layout(name, column, width) for name, column in columns.items()}
+    sizes = ((torch.arange(width) + 1) * mask.bool().cpu()).amax(1).clamp(min=1).tolist()
+    packed = {f"{PREFIX}{name}": _packed(column, layouts[name], sizes) for name, column in columns.items()}
+    return packed, Packing(layouts, width)
+
+
+def _layout(name: str, column: Column, width: int) -> str:
+    if not isinstance(column, Tensor):
+        return "objects"
+    if column.dim() == 1:
+        return "flat"
+    return "token" if column.shape[1] == width > 1 and name != "rewards" else "row"
+
+
+def _packed(column: Column, layout: str, sizes: Sequence[int]) -> Any:
+    if not isinstance(column, Tensor):
+        return list(column)
+    if layout == "token":
+        return [row[:size].clone() for row, size in zip(column.unbind(), sizes, strict=True)]
+    return list((column[:, None] if layout == "flat" else column).clone().unbind())
+
+
+def unpack(data: Mapping[str, Any], packing: Packing, rows: Tensor, device: Any) -> dict[str, Column]:
+    """The columns on a worker, of the rows `rows` (n,) of its mini-batch."""
+    return {name: _unpacked(data[f"{PREFIX}{name}"], layout, packing.width, rows, device)
+            for name, layout in packing.layouts.items()}  # fmt: skip
+
+
+def _unpacked(column: Any, layout: str, width: int, rows: Tensor, device: Any) -> Column:
+    if layout == "objects":
+        items = as_list(column)
+        return [items[row] for row in rows.tolist()]
+    dense = padded(column, width if layout == "token" else 0)
+    dense = dense[rows.to(dense.device)].to(device)
+    return dense[:, 0] if layout == "flat" else dense
+
+
+def stored(rows: Mapping[str, list[Any]], count: int) -> TensorDict:
+    """Columns of per-row values as TransferQueue takes and gives them: tensors jagged, objects as they are."""
+    return TensorDict({name: _stored(values) for name, values in rows.items()}, batch_size=[count])
+
+
+def _stored(values: list[Any]) -> Any:
+    if not all(isinstance(value, Tensor) for value in values):
+        return NonTensorStack(*values)
+    return torch.nested.as_nested_tensor(values, layout=torch.jagged)
+
+
+def filler(like: list[Any]) -> Any:
+    """The value of a column on a row that only fills a mini-batch: verl gives such a row a response of one token."""
+    return like[0].new_zeros(1) if isinstance(like[0], Tensor) else like[0]

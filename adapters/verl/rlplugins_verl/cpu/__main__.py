@@ -1,0 +1,3 @@
+from rlplugins_verl.cpu.launch import main
+
+main()

@@ -1,0 +1,164 @@
+"""The engine of verl as a service to hooks: generation through its agent loops, log-probs through its workers."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from torch import Tensor
+
+from rlplugins.errors import ServiceError
+from rlplugins.rollouts import Requests, Rollouts, Sampling
+from rlplugins_verl.columns import PLACE, PROMPT, REQUESTS, order_of, padded, stored, to_rollouts
+from rlplugins_verl.pool import POSITION
+from rlplugins_verl.rollout import AGENT, INNER, requests_of
+from rlplugins_verl.settings import ranks
+
+PARTITION = "val"
+"""verl's store keeps validation apart from training, and what hooks ask for goes beside it."""
+SECONDS = 0.05
+
+
+class VerlEngine:
+    """`rlplugins.services.Engine` on verl's servers and workers.
+
+    Args:
+        trainer: the running trainer.
+        manager: verl's agent-loop manager.
+    """
+
+    def __init__(self, trainer: Any, manager: Any) -> None:
+        self._trainer = trainer
+        self._manager = manager
+
+    def sampling(self, rows: int) -> Sampling:
+        """The user's own parameters for so many requests."""
+        made: Sampling = self._trainer.sampling(rows)
+        return made
+
+    def generate(
+        self, requests: Requests, sampling: Sampling | None = None, *, score: bool = True, greedy: bool = False
+    ) -> Rollouts:
+        """Draw one response per request from the current policy and score it; see `rlplugins.services.Engine`."""
+        trainer = self._trainer
+        sampling = sampling or trainer.sampling(len(requests))
+        if greedy:
+            sampling = replace(sampling, temperature=torch.zeros_like(sampling.temperature))
+        batch, uids = self._batch(requests, sampling)
+        tags = [{"is_prompt": True, "status": "pending", "global_steps": trainer.global_steps} for _ in uids]
+        tq.kv_batch_put(keys=uids, partition_id=PARTITION, tags=tags)
+        self._manager.generate_sequences(batch)
+        keys = self._wait(uids)
+        there = tq.kv_batch_get(keys=keys, partition_id=PARTITION)
+        tq.kv_clear(keys=[*keys, *uids], partition_id=PARTITION)
+        keep = trainer.stack.needs("column", "rollout_log_probs")
+        made = to_rollouts(there, keys, trainer.pool.prompts, trainer.global_steps - 1, keep_log_probs=keep)
+        made.columns["_verl_key"] = [""] * len(keys)
+        made.columns.written.discard("_verl_key")
+        scores = made.scores if score else torch.full_like(made.scores, torch.nan)
+        return replace(made, groups=requests.prompt.clone(), scores=scores)
+
+    def _batch(self, requests: Requests, sampling: Sampling) -> tuple[Any, list[str]]:
+        """verl's prompt batch of the requests: a prompt of its own for each, drawn once."""
+        from verl.utils import tensordict_utils as tu
+        from verl.utils.dataset.rl_dataset import collate_fn
+
+        position = requests.prompts.columns.get(POSITION)
+        if position is None:
+            raise ServiceError("only prompts of the data set can be generated from: take them from `requests.prompts`")
+        trainer, count = self._trainer, len(requests)
+        places = torch.as_tensor(position)[requests.prompt].tolist()
+        rows = collate_fn([trainer.train_dataset[place] for place in places])
+        uids = [str(uuid.uuid4()) for _ in range(count)]
+        rows["uid"] = np.array(uids, dtype=object)
+        texts = [requests.prompts.texts[row] for row in requests.prompt.tolist()]
+        plain = replace(requests, texts=texts, prefixes=[""] * count)
+        single = replace(requests, prompt=torch.arange(count), prompts=requests.prompts.select(requests.prompt))
+        made = requests_of(plain, single, sampling)
+        top_k = int(trainer.config.actor_rollout_ref.rollout.top_k)
+        for items in made:
+            items[0]["sampling"]["top_k"] = top_k  # validation would set its own
+        batch = tu.get_tensordict(rows)
+        tu.assign_non_tensor_data(batch, "global_steps", trainer.global_steps)
+        tu.assign_non_tensor_data(batch, "validate", True)
+        inner = trainer.config.actor_rollout_ref.rollout.agent.default_agent_loop
+        columns = {
+            REQUESTS: made, INNER: [inner] * count, "agent_name": [AGENT] * count, "__rollout_n__": [1] * count,
+            PROMPT: places, PLACE: list(range(count)),
+        }  # fmt: skip
+        for name, values in columns.items():
+            tu.assign_non_tensor_stack(batch, name, values)
+        return batch, uids
+
+    def _wait(self, uids: Sequence[str]) -> list[str]:
+        """verl's keys of the responses, in the order of the requests."""
+        wanted = {uid: row for row, uid in enumerate(uids)}
+        while True:
+            items = (tq.kv_list(PARTITION) or {}).get(PARTITION, {})
+            states = {uid: items.get(uid, {}).get("status") for uid in uids}
+            if "failure" in states.values():
+                raise ServiceError(
+                    "verl's agent loop failed on a request of a plugin; its own error is in the log above"
+                )
+            if all(state == "finished" for state in states.values()):
+                keys = [key for key in items if key.split("_")[0] in wanted and key not in wanted]
+                order = order_of(keys, [wanted[key.split("_")[0]] for key in keys])
+                return [keys[row] for row in order]
+            time.sleep(SECONDS)
+
+    def log_probs(
+        self, prompts: Sequence[Sequence[int]], responses: Tensor, mask: Tensor, *, policy: str = "current"
+    ) -> Tensor:
+        """Log-probs (N, T) of given responses; see `rlplugins.services.Engine`."""
+        trainer = self._trainer
+        if policy not in ("current", "reference"):
+            raise ServiceError(f"there is no policy {policy!r}: current or reference")
+        if policy == "reference" and not trainer.use_reference_policy:
+            raise ServiceError("this run has no reference policy: set actor_rollout_ref.actor.use_kl_loss=True")
+        batch, sizes = self._sequences(prompts, responses, mask)
+        compute = trainer._compute_old_log_prob if policy == "current" else trainer._compute_ref_log_prob
+        column = "old_log_probs" if policy == "current" else "ref_log_prob"
+        count = len(sizes)
+        batch.extra_info["temperature"] = trainer.config.actor_rollout_ref.rollout.temperature
+        compute(batch, {})
+        found = tq.kv_batch_get(keys=batch.keys[:count], partition_id=PARTITION, select_fields=[column])
+        tq.kv_clear(keys=batch.keys, partition_id=PARTITION)
+        log_probs = padded(found[column], mask.shape[1])[:, : mask.shape[1]].float()
+        return torch.where(mask.bool(), log_probs.to(mask.device), 0.0)
+
+    def _sequences(self, prompts: Sequence[Sequence[int]], responses: Tensor, mask: Tensor) -> tuple[Any, list[int]]:
+        """The sequences in verl's store, filled up to what its workers can divide among them."""
+        from transfer_queue import KVBatchMeta
+
+        rollout = self._trainer.config.actor_rollout_ref.rollout
+        multiple = ranks(self._trainer.config) * int(rollout.log_prob_micro_batch_size_per_gpu or 1)
+        count = len(prompts)
+        rows = [*range(count), *[0] * (-count % multiple)]
+        widths = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        sizes = (widths * mask.bool()).amax(1).clamp(min=1).tolist()
+        fields: dict[str, list[Any]] = {}
+        keys, tags = [], []
+        for number, row in enumerate(rows):
+            prompt, size = torch.tensor(list(prompts[row])), sizes[row]
+            response, own = responses[row, :size].cpu(), mask[row, :size].cpu().long()
+            ids = torch.cat([prompt, response])
+            values = {
+                "prompts": prompt, "responses": response, "input_ids": ids, "position_ids": torch.arange(len(ids)),
+                "response_mask": own, "loss_mask": own, "rollout_log_probs": torch.zeros(size),
+            }  # fmt: skip
+            for name, value in values.items():
+                fields.setdefault(name, []).append(value)
+            keys.append(f"{uuid.uuid4()}_{number}_0")
+            tags.append({"seq_len": len(ids), "prompt_len": len(prompt), "response_len": size})
+        meta = tq.kv_batch_put(keys=keys, partition_id=PARTITION, fields=stored(fields, len(keys)), tags=tags)
+        return KVBatchMeta(keys=keys, tags=tags, partition_id=PARTITION, fields=meta.fields, extra_info={}), sizes
+
+    def gradient_products(self, rollouts: Rollouts, advantages: Sequence[Tensor]) -> Tensor:
+        """verl's workers give no gradient to the driver."""
+        raise ServiceError("engine.gradient_products has no binding in verl yet; use the local trainer")

@@ -1,0 +1,437 @@
+"""The same rollouts through the local trainer and through verl's engine with the adapter, in one process and without Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlplugins.rollouts import Rollouts
+from rlplugins.stack import Credit, Stack, StackConfig
+from rlplugins.steps import Run
+from rlplugins.table import PromptTable
+from rlplugins_verl import columns as rows_of_verl
+from rlplugins_verl import settings
+from rlplugins_verl.cpu import tiny
+from rlplugins_verl.driver import for_verl, with_passes
+from rlplugins_verl.pool import Pool
+from rlplugins_verl.worker import FRAME, Frame, MiniBatchUpdate, decoded
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rollouts of two steps.
+
+    Attributes:
+        stack: as in a stack file.
+        group_size: responses per prompt.
+        dense: rewards anywhere in [0, 1], not only at its ends.
+        settings: of verl, by dotted path, beside the defaults.
+        local: the same settings of the local trainer.
+        rows: responses per step.
+        passes: over each step's rows; the second sees the present log-probs before its mini-batch.
+        components: numbers that the reward function gives beside the score.
+    """
+
+    stack: Mapping[str, Any]
+    group_size: int = 4
+    dense: bool = False
+    settings: Mapping[str, Any] | None = None
+    local: Mapping[str, Any] | None = None
+    rows: int = 16
+    passes: int = 1
+    components: int = 0
+
+
+@dataclass
+class Result:
+    """What one side made of a step.
+
+    Attributes:
+        advantages: (B, T).
+        weights: (B, T), W = w u m.
+        loss: of the mini-batch.
+        gradient: per parameter.
+    """
+
+    advantages: Tensor
+    weights: Tensor
+    loss: float
+    gradient: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A step's rows as nested lists and tensors, of neither trainer."""
+
+    prompt: Tensor
+    prompts: list[list[int]]
+    responses: Tensor
+    mask: Tensor
+    scores: Tensor
+    noise: Tensor
+    components: Tensor
+
+
+def draw(case: Case, step: int, vocabulary: int, pool_size: int, width: int = 9) -> Drawn:
+    """Rows of unequal length, one with tokens of a tool in the middle, and old log-probs that differ from the present."""
+    source = torch.Generator().manual_seed(100 + step)
+    rows = case.rows
+    prompt = torch.arange(rows) // case.group_size
+    prompt = (prompt + 3 * step) % pool_size
+    sizes = torch.randint(1, width + 1, (rows,), generator=source)
+    sizes[0], sizes[1] = width, max(4, int(sizes[1]))
+    mask = torch.arange(width) < sizes[:, None]
+    mask[1, 1:3] = False
+    tokens = torch.randint(3, vocabulary, (rows, width), generator=source)
+    chances = torch.rand((rows, 1), generator=source)
+    scores = chances if case.dense else (chances > 0.5).float()
+    whole = torch.arange(width) < sizes[:, None]
+    prompts = [torch.randint(3, vocabulary, (5 + int(place) % 3,), generator=source).tolist() for place in prompt]
+    noise = 0.4 * torch.randn(rows, width, generator=source)
+    components = torch.rand((rows, case.components), generator=source)
+    return Drawn(prompt, prompts, tokens * whole, mask, scores, noise, components)
+
+
+def write_inputs(folder: Path, prompts: int = 24) -> Path:
+    """A model whose distributions are far from uniform, a prompt file, a reward function that is never asked."""
+    if (folder / "prompts.jsonl").exists():
+        return folder
+    tiny.write_model(folder / "model", hidden=32)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model" / "model.safetensors")
+    scaled = {name: value * (1.0 if "norm" in name else 16.0) for name, value in weights.items()}
+    save_file(scaled, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    lines = [{"prompt": row["prompt"], "difficulty": row["extra_info"]["difficulty"]} for row in data_rows(prompts)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "reward.py").write_text("def score(prompt, response):\n    return 0.0\n")
+    return folder
+
+
+def data_rows(prompts: int) -> list[dict[str, Any]]:
+    """Rows of a data set as verl gives them."""
+    rows = [tiny.row(place, "train", place // 10, place % 10) for place in range(prompts)]
+    return [{**row, "raw_prompt": row["prompt"]} for row in rows]
+
+
+class LocalSide:
+    """The local trainer, whose optimiser does not move the weights."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        from rlplugins_local.adapter import build_stack
+        from rlplugins_local.config import TrainConfig
+        from rlplugins_local.data import PromptFile, Scorer
+        from rlplugins_local.policy import Policy
+        from rlplugins_local.run import LocalTrainer
+
+        given = {
+            "model": folder / "model", "data": folder / "prompts.jsonl", "reward": f"{folder / 'reward.py'}:score",
+            "batch_size": case.rows, "group_size": case.group_size, "steps": STEPS, "dual_clip": 3.0, "device": "cpu",
+            "report_to": ["none"], "max_new_tokens": 9, "epochs": case.passes,
+        }  # fmt: skip
+        config = TrainConfig.model_validate(given | dict(case.local or {}))
+        data = PromptFile(config.data)
+        stack = build_stack(config, StackConfig.model_validate(dict(case.stack)), data.columns)
+        policy = Policy.load(config.model, torch.device("cpu"), torch.float32)
+        self.trainer = LocalTrainer(config, stack, policy, data, None, Scorer(config.reward, list(data.columns)))
+        self.trainer.optimiser_step = self._keep_gradient  # type: ignore[method-assign]
+        self.gradient: dict[str, Tensor] = {}
+        self.pool = self.trainer.pool
+
+    def _keep_gradient(self, metrics: Any) -> None:
+        named = self.trainer.policy.model.named_parameters()
+        self.gradient = {name: parameter.grad.clone() for name, parameter in named}
+        metrics.optimiser_steps += 1
+
+    def old_log_probs(self, drawn: Drawn) -> Tensor:
+        """Of the present weights, moved by the noise."""
+        from rlplugins_local.policy import Sequences
+
+        outputs = self.trainer.policy.passes(Sequences.of(drawn.prompts, drawn.responses, drawn.mask), 1.0, None)
+        return (outputs.log_probs + drawn.noise) * drawn.mask
+
+    def step(self, drawn: Drawn, number: int, entropy: Tensor | None, old: Tensor) -> Result:
+        """Credit, update and end of one step."""
+        trainer, stack = self.trainer, self.trainer.stack
+        stack.begin_step(number, STEPS, seed=1)
+        table = self.pool
+        rollouts = Rollouts(
+            prompt_keys=table.keys[drawn.prompt], prompt_rows=table.rows[drawn.prompt], groups=drawn.prompt.clone(),
+            prompts=drawn.prompts, responses=drawn.responses, mask=drawn.mask, scores=drawn.scores,
+            kind=torch.zeros(len(drawn.prompt), dtype=torch.int8), old_log_probs=old, entropy=entropy,
+            components=drawn.components if drawn.components.numel() else None,
+            component_names=tuple(f"part{place}" for place in range(drawn.components.shape[1])),
+        )  # fmt: skip
+        rollouts.columns["difficulty"] = torch.as_tensor(table["difficulty"])[drawn.prompt]
+        rollouts.columns.written.discard("difficulty")
+        credit = stack.credit(rollouts, None)
+        self.gradient = {}
+        metrics = trainer.update(rollouts, credit).as_dict()
+        stack.end_step(rollouts, credit, trainer.engine)
+        trainer.done += 1
+        return Result(
+            credit.advantages * drawn.mask, weights_of(credit, drawn.mask), metrics.get("loss", 0.0), self.gradient,
+            {name: value for name, value in stack.metrics.as_dict().items() if name.startswith("rlplugins/")},
+        )  # fmt: skip
+
+
+def weights_of(credit: Credit, mask: Tensor) -> Tensor:
+    """W = w u m, (B, T)."""
+    w = credit.weights if credit.weights is not None else 1.0
+    u = credit.token_weights if credit.token_weights is not None else 1.0
+    return mask * w * u
+
+
+class VerlSide:
+    """verl's FSDP2 engine with the adapter's update, whose optimiser does not move the weights."""
+
+    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1, port: int = 0) -> None:
+        self.tokenizer = tiny.make_tokenizer()
+        self.worker = make_worker(folder / "model", rank, ranks, port)
+        self.engine = self.worker.engine
+        self.engine.optimizer_step = self._keep_gradient
+        self.plain_train_batch = self.engine.train_batch
+        self.rank, self.ranks = rank, ranks
+        self.tokens: int | None = None  # per micro-batch, if verl is to cut them by tokens
+        self.gradient: dict[str, Tensor] = {}
+
+    def _keep_gradient(self) -> float:
+        self.gradient = {name: _whole(parameter.grad) for name, parameter in self.engine.module.named_parameters()}
+        return 0.0
+
+    def begin(self, case: Case, prompts: int = 24) -> None:
+        """A run with another stack."""
+        self.passes = case.passes
+        config = verl_settings(case)
+        self.pool = Pool.of(data_rows(prompts), PromptTable())
+        wanted = StackConfig.model_validate(dict(case.stack))
+        self.stack = settings.build_stack(config, wanted, "sync", self.pool.prompts.columns)
+        self.stack.start(Run(STEPS, case.group_size, case.rows, self.pool.prompts, 1, self.tokenizer))
+        on_worker = Stack.from_specification(self.stack.specification())
+        assert on_worker.fingerprint == self.stack.fingerprint
+        self.update = MiniBatchUpdate(on_worker, self.engine, self.plain_train_batch)
+
+    def old_log_probs(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """verl's own pass: log-probs and entropies (B, T)."""
+        from verl.workers.utils.padding import response_from_nested
+
+        data = self._data(sequences(drawn), len(drawn.prompts), calculate_entropy=True, micro=len(drawn.prompts))
+        with self.engine.eval_mode():
+            output = self.engine.infer_batch(data)["model_output"]
+        mask = data["response_mask"]
+        found = [response_from_nested(output[name], mask).to_padded_tensor(0.0) for name in ("log_probs", "entropy")]
+        return found[0] * drawn.mask, found[1] * drawn.mask
+
+    def step(self, drawn: Drawn, number: int, entropy: Tensor, old: Tensor, micro: int, padding: int = 0) -> Result:
+        """Credit, update and end of one step, as the driver and the workers make it."""
+        stack = self.stack
+        stack.begin_step(number, STEPS, seed=1)
+        rows = len(drawn.prompt)
+        keys = [f"uid{int(place)}_{row}_0" for row, place in enumerate(drawn.prompt)]
+        there = generated(drawn)
+        rollouts = rows_of_verl.to_rollouts(there, keys, self.pool.prompts, number)
+        passes = {"old_log_probs": jagged(old, drawn), "entropy": jagged(entropy, drawn)}
+        rollouts = with_passes(rollouts, passes, stack)
+        if settings.owns_credit(stack):
+            credit = stack.credit(rollouts, None)
+        else:  # as verl's own estimator gives them
+            advantages = verl_advantages(drawn)
+            credit = Credit(rollouts.scores, rollouts.groups, None, advantages, None, None, None)
+        sizes = there["responses"].offsets().diff().tolist()
+        fields = sequences(drawn) | for_verl(rollouts, credit, sizes, excluded=not settings.owns_loss(stack))
+        fields["old_log_probs"] = [row[:size] for row, size in zip(old, sizes, strict=True)]
+        frame = None
+        if settings.owns_loss(stack):
+            packed, packing = rows_of_verl.pack(stack.update_columns(rollouts, credit))
+            fields |= packed | {rows_of_verl.REAL: list(torch.ones(rows, 1).unbind())}
+            frame = Frame(number, rollouts.kinds, stack.step.shared_by_all(), packing)
+        for name, values in fields.items():
+            filler = _padding_row(name, values)
+            fields[name] = [*values, *[filler] * padding]
+        parts = [self._train(fields, rows + padding, frame, micro) for _ in range(self.passes)]
+        metrics = {name: sum(part[name] for part in parts) / self.passes for name in parts[0]}
+        stack.end_step(rollouts, credit, self)  # type: ignore[arg-type]
+        found = {**stack.metrics.as_dict(), **metrics}
+        return Result(
+            credit.advantages * drawn.mask, weights_of(credit, drawn.mask), metrics["loss"], self.gradient,
+            {name: value for name, value in found.items() if name.startswith("rlplugins/")},
+        )  # fmt: skip
+
+    def log_probs(self, prompts: Any, responses: Tensor, mask: Tensor, *, policy: str = "current") -> Tensor:
+        """The engine's service, for hooks at the end of a step."""
+        rows = len(prompts)
+        nothing = torch.zeros(rows, dtype=torch.int64)
+        drawn = Drawn(nothing, [list(prompt) for prompt in prompts], responses, mask, nothing, nothing, nothing)
+        return self.old_log_probs(drawn)[0]
+
+    def _train(self, fields: dict[str, list[Any]], rows: int, frame: Frame | None, micro: int) -> dict[str, float]:
+        """One mini-batch on this rank's share of the rows."""
+        from functools import partial
+
+        from verl.utils.metric import reduce_metrics
+        from verl.workers.config import FSDPActorConfig
+        from verl.workers.utils.losses import ppo_loss
+
+        share = rows // self.ranks
+        mine = {name: values[self.rank * share : (self.rank + 1) * share] for name, values in fields.items()}
+        entropy = frame is not None and self.stack.takes("entropy", "update")
+        data = self._data(mine, share, calculate_entropy=entropy, micro=micro, frame=frame, whole=rows)
+        config = FSDPActorConfig(
+            strategy="fsdp2",
+            rollout_n=1,
+            ppo_mini_batch_size=rows,
+            ppo_micro_batch_size_per_gpu=micro,
+            use_dynamic_bsz=False,
+        )
+        self.gradient = {}
+        with self.engine.train_mode():
+            outputs = self.update(data, partial(ppo_loss, config=config))
+        metrics = {
+            name: list(value) if isinstance(value, list) else value for name, value in outputs["metrics"].items()
+        }
+        found = decoded(reduce_metrics({name: value for name, value in metrics.items() if name != "grad_norm"}), "")
+        loss = torch.tensor(sum(outputs["loss"]))
+        if self.ranks > 1:
+            torch.distributed.all_reduce(loss)
+        return {**found, "loss": float(loss) / self.ranks}
+
+    def _data(
+        self, fields: Mapping[str, list[Any]], rows: int, *, calculate_entropy: bool, micro: int,
+        frame: Frame | None = None, whole: int = 0,
+    ) -> Any:  # fmt: skip
+        from verl.utils import tensordict_utils as tu
+
+        data = rows_of_verl.stored(fields, rows)
+        tu.assign_non_tensor(
+            data, temperature=1.0, calculate_entropy=calculate_entropy, use_remove_padding=False,
+            use_dynamic_bsz=self.tokens is not None, max_token_len_per_gpu=self.tokens or 0,
+            micro_batch_size_per_gpu=micro, use_fused_kernels=False, global_batch_size=whole or rows,
+        )  # fmt: skip
+        if frame is not None:
+            tu.assign_non_tensor_data(data, FRAME, frame)
+        return data
+
+
+def verl_settings(case: Case) -> dict[str, Any]:
+    """verl's configuration, as far as the adapter reads it."""
+    config: dict[str, Any] = {
+        "algorithm": {"adv_estimator": "grpo"},
+        "actor_rollout_ref": {"rollout": {"n": case.group_size}, "actor": {"strategy": "fsdp2"}},
+    }
+    for path, value in (case.settings or {}).items():
+        node = config
+        *parents, name = path.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return config
+
+
+def sequences(drawn: Drawn) -> dict[str, list[Any]]:
+    """The columns that verl's engine reads."""
+    sizes = _sizes(drawn)
+    found: dict[str, list[Any]] = {}
+    for row, prompt in enumerate(drawn.prompts):
+        first, rest = torch.tensor(prompt), drawn.responses[row, : sizes[row]]
+        own = drawn.mask[row, : sizes[row]].long()
+        ids = torch.cat([first, rest])
+        values = {"prompts": first, "responses": rest, "input_ids": ids, "position_ids": torch.arange(len(ids)),
+                  "response_mask": own, "loss_mask": own}  # fmt: skip
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def generated(drawn: Drawn) -> Any:
+    """Rows as TransferQueue has them after generation."""
+    rows, sizes = len(drawn.prompt), _sizes(drawn)
+    scores = [torch.cat([torch.zeros(size - 1), score]) for size, score in zip(sizes, drawn.scores, strict=True)]
+    objects = {
+        "uid": [f"uid{int(place)}" for place in drawn.prompt], "extra_fields": [
+            {"reward_extra_info": {f"part{place}": value for place, value in enumerate(row)}}
+            for row in drawn.components.tolist()
+        ],
+        rows_of_verl.PROMPT: drawn.prompt.tolist(), rows_of_verl.PLACE: list(range(rows)),
+        "extra_info": [{"difficulty": (int(place) // 10 + int(place) % 10) / 18} for place in drawn.prompt],
+    }  # fmt: skip
+    return rows_of_verl.stored(sequences(drawn) | {"rm_scores": scores} | objects, rows)
+
+
+def _sizes(drawn: Drawn) -> list[int]:
+    return ((torch.arange(drawn.mask.shape[1]) + 1) * (drawn.responses != 0)).amax(1).tolist()
+
+
+def jagged(column: Tensor, drawn: Drawn) -> Tensor:
+    """A response column as verl's passes give it."""
+    rows = [row[:size] for row, size in zip(column, _sizes(drawn), strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def verl_advantages(drawn: Drawn) -> Tensor:
+    """verl's own GRPO on these rows, (B, T)."""
+    import numpy as np
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+
+    last = drawn.mask.long().cumsum(1).argmax(1, keepdim=True)
+    rewards = torch.zeros(drawn.mask.shape).scatter(1, last, drawn.scores)
+    return compute_grpo_outcome_advantage(rewards, drawn.mask, np.array(drawn.prompt.tolist()))[0]  # type: ignore[no-any-return]
+
+
+def _padding_row(name: str, values: Sequence[Any]) -> Any:
+    """What verl fills a batch with: a response of one token, in no mask."""
+    if name in ("prompts", "responses"):
+        return torch.full((4 if name == "prompts" else 1,), 2)
+    if name in ("input_ids", "position_ids"):
+        return torch.full((5,), 2) if name == "input_ids" else torch.arange(5)
+    return rows_of_verl.filler(list(values))
+
+
+def _whole(gradient: Any) -> Tensor:
+    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+
+
+def make_worker(model: Path, rank: int, ranks: int, port: int) -> Any:
+    """verl's training worker on its FSDP2 engine, in this process."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port or free_port()))  # fmt: skip
+    from verl.trainer.config import CheckpointConfig
+    from verl.utils.distributed import initialize_global_process_group
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+
+    if not torch.distributed.is_initialized():
+        initialize_global_process_group()
+    engine = FSDPEngineConfig(
+        strategy="fsdp2", use_torch_compile=False, mixed_precision={"param_dtype": "fp32"}, use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=16, infer_micro_batch_size_per_gpu=16,
+    )  # fmt: skip
+    config = HFModelConfig(
+        path=str(model), use_remove_padding=False, enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )  # fmt: skip
+    worker = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model", model_config=config, engine_config=engine,
+            optimizer_config=FSDPOptimizerConfig(lr=1e-3), checkpoint_config=CheckpointConfig(),
+        )
+    )  # fmt: skip
+    worker.reset()
+    return worker
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

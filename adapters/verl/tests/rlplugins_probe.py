@@ -1,0 +1,139 @@
+"""A plugin that has something to do in every phase and writes down what it saw."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlplugins import Plugin, hookimpl, needs
+from rlplugins.rollouts import Requests, Rollouts, Sampling, concatenate
+
+HALF = 16
+
+
+class Probe(Plugin):
+    """Draws from the first half of the pool, 2 and 6 responses in turn; adds an expert row, drops a row."""
+
+    name = "probe"
+    kinds = frozenset({"expert"})
+    needs = (
+        needs.ENGINE, needs.RESPONSE_PREFIX, needs.column("entropy"), needs.column("rollout_log_probs"),
+        needs.column("difficulty"), needs.column("ref_log_probs"), needs.column("components"),
+    )  # fmt: skip
+
+    log_file: str
+    """Where to write."""
+
+    def init_state(self, run: Any) -> dict[str, Any]:
+        run.table.add_column("seen", torch.int64, 0)
+        return {"steps": 0, "validations": 0}
+
+    def note(self, hook: str, **seen: Any) -> None:
+        with Path(self.log_file).open("a") as log:
+            log.write(json.dumps({"hook": hook, **seen}) + "\n")
+
+    @hookimpl
+    def prompt_weights(self, prompts: Any) -> Tensor:
+        return (torch.arange(len(prompts)) < HALF).float()
+
+    @hookimpl
+    def allocate_rollouts(self, prompts: Any, budget: int) -> Tensor:
+        self.note(
+            "allocate_rollouts",
+            keys=prompts.keys.tolist(),
+            budget=budget,
+            seen=self.table["seen"][prompts.rows].tolist(),
+        )
+        counts = torch.full((len(prompts),), 2)
+        counts[1::2] = 6
+        return counts
+
+    @hookimpl
+    def rewrite_prompts(self, requests: Requests) -> Requests:
+        first = (requests.draw == 0).tolist()
+        for row, own in enumerate(first):
+            if own:
+                requests.texts[row] = [{"role": "user", "content": "hint " + requests.texts[row][0]["content"]}]
+            elif int(requests.draw[row]) == 1:
+                requests.prefixes[row] = "12"
+        requests.columns["drawn"] = requests.draw.clone()
+        return requests
+
+    @hookimpl
+    def sampling_params(self, sampling: Sampling, requests: Requests) -> Sampling:
+        return replace(sampling, max_tokens=torch.where(requests.draw == 0, 3, sampling.max_tokens))
+
+    @hookimpl
+    def extend_rollouts(self, rollouts: Rollouts, engine: Any, step: Any) -> Rollouts:
+        prompts = step_prompts(rollouts)
+        drawn = torch.as_tensor(rollouts["drawn"])
+        lengths = rollouts.mask.sum(1)
+        self.note(
+            "extend_rollouts", drawn=drawn.tolist(), lengths=lengths.tolist(), groups=rollouts.groups.tolist(),
+            hinted=[len(prompt) for prompt in rollouts.prompts], kinds=list(rollouts.kinds), prompts=prompts,
+            prefix=rollouts.prefix.sum(1).tolist() if rollouts.prefix is not None else None,
+            start=rollouts.responses[:, :2].tolist(), difficulty=torch.as_tensor(rollouts["difficulty"]).tolist(),
+            keys=rollouts.prompt_keys.tolist(), version=rollouts.version.tolist(), names=list(rollouts.component_names),
+        )  # fmt: skip
+        expert = rollouts.select(torch.tensor([0])).unguarded()
+        tokens = torch.full_like(expert.responses, 0)
+        tokens[0, :3] = torch.tensor([20, 21, 2])
+        mask = tokens > 0
+        expert = replace(
+            expert, responses=tokens, mask=mask, kind=torch.ones(1, dtype=torch.int8), kinds=("policy", "expert"),
+            groups=torch.tensor([-1]), scores=torch.ones(1, 1), rollout_log_probs=torch.zeros_like(mask, dtype=torch.float32),
+            prefix=torch.zeros_like(mask) if expert.prefix is not None else None,
+        )  # fmt: skip
+        given = engine.log_probs(rollouts.prompts[:3], rollouts.responses[:3], rollouts.mask[:3])
+        own = rollouts.rollout_log_probs[:3]
+        free = rollouts.mask[:3] if rollouts.prefix is None else rollouts.mask[:3] & ~rollouts.prefix[:3]
+        self.note("engine.log_probs", difference=float(((given - own) * free).abs().max()))
+        self.state.steps = self.state.steps + 1
+        return concatenate([rollouts, expert])
+
+    @hookimpl
+    def filter_rollouts(self, scores: Tensor, rollouts: Rollouts) -> Tensor:
+        keep = torch.ones_like(scores)
+        keep[3] = 0
+        return keep
+
+    @hookimpl
+    def shape_advantages(self, advantages: Tensor, entropy: Tensor, rollouts: Rollouts) -> Tensor:
+        self.note(
+            "shape_advantages", rows=len(rollouts), groups=rollouts.groups.tolist(), kind=rollouts.kind.tolist(),
+            old=float(rollouts.old_log_probs.sum()), entropy=float(entropy.sum()),
+            reference=float(rollouts.ref_log_probs.sum()),
+        )  # fmt: skip
+        return advantages
+
+    @hookimpl(kind="expert")
+    def policy_loss(self, log_probs: Tensor, log: Callable[..., None]) -> Tensor:
+        log("expert_rows", float(len(log_probs)))
+        return -log_probs
+
+    @hookimpl
+    def on_step_end(
+        self, rollouts: Rollouts, rewards: Tensor, weights: Tensor, engine: Any, step: Any, log: Callable[..., None]
+    ) -> None:
+        rows = rollouts.prompt_rows[rollouts.prompt_rows >= 0]
+        self.table["seen"][rows.unique()] += 1
+        after = engine.log_probs(rollouts.prompts[:3], rollouts.responses[:3], rollouts.mask[:3])
+        before = rollouts.old_log_probs[:3]
+        self.note("on_step_end", rows=len(rollouts), missing=int(rewards.isnan().any(1).sum()),
+                  weights=weights.flatten().tolist(),
+                  moved=float((after - before).abs().max()), step=step.number, steps=self.state.steps)  # fmt: skip
+        log("rows", float(len(rollouts)))
+
+    @hookimpl
+    def on_validation(self, metrics: Any, engine: Any) -> None:
+        self.state.validations = self.state.validations + 1
+        self.note("on_validation", names=sorted(metrics), validations=self.state.validations)
+
+
+def step_prompts(rollouts: Rollouts) -> int:
+    """How many prompts the step has."""
+    return len(rollouts.groups.unique())

@@ -1,0 +1,189 @@
+"""Between verl's columns and Rollouts."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlplugins.errors import DataError
+from rlplugins.rollouts import Rollouts
+from rlplugins.steps import Metrics
+from rlplugins.table import PromptTable
+from rlplugins.testing import make_rollouts
+from rlplugins_verl import columns as rows_of_verl
+from rlplugins_verl import rows
+from rlplugins_verl.columns import KEY, PLACE, PROMPT
+from rlplugins_verl.pool import Pool
+from rlplugins_verl.worker import decoded, encoded
+
+
+def stored_rows(sizes: list[int], **further: Any) -> Any:
+    """Generated rows as TransferQueue gives them."""
+    count = len(sizes)
+    responses = [torch.arange(1, size + 1) for size in sizes]
+    fields = {
+        "prompts": [torch.tensor([7, 8])] * count, "responses": responses,
+        "input_ids": [torch.cat([torch.tensor([7, 8]), row]) for row in responses],
+        "response_mask": [torch.ones(size, dtype=torch.int64) for size in sizes],
+        "rm_scores": [torch.cat([torch.zeros(size - 1), torch.tensor([0.25])]) for size in sizes],
+        "rollout_log_probs": [torch.full((size,), -1.0) for size in sizes],
+        "uid": [f"u{row // 2}" for row in range(count)], "extra_fields": [{} for _ in sizes],
+        PROMPT: [row // 2 for row in range(count)], PLACE: list(range(count)),
+    }  # fmt: skip
+    return rows_of_verl.stored(fields | further, count)
+
+
+def pool(count: int = 3) -> Pool:
+    dataset = [
+        {"raw_prompt": [{"role": "user", "content": f"{row}?"}], "extra_info": {"level": row}, "data_source": "x"}
+        for row in range(count)
+    ]
+    return Pool.of(dataset, PromptTable())
+
+
+def test_stored_rows_become_rollouts() -> None:
+    extra = [
+        {"reward_extra_info": {"score": 1.0, "acc": np.float64(0.5), "note": "x"}, "min_global_steps": 4},
+        {"rlplugins__prefix": 1, "rlplugins__columns": {"hint": 3}},
+        {"reward_extra_info": {"acc": 1}},
+        {},
+    ]
+    info = [{"level": row} for row in range(4)]
+    there = stored_rows([3, 1, 2, 2], extra_fields=extra, extra_info=info)
+    found = rows_of_verl.to_rollouts(
+        there, ["u0_0_0", "u0_1_0", "u1_0_0", "u1_1_0"], pool().prompts, 2, keep_log_probs=True
+    )
+    assert found.mask.sum(1).tolist() == [3, 1, 2, 2]
+    assert bool((found.responses[~found.mask] == 0).all()) and bool((found.rollout_log_probs[~found.mask] == 0).all())
+    assert found.groups.tolist() == [0, 0, 1, 1]
+    assert found.prompt_keys.tolist() == pool().prompts.keys[[0, 0, 1, 1]].tolist()
+    assert found.scores.flatten().tolist() == [0.25] * 4
+    assert found.component_names == ("acc",) and found.components[[0, 2], 0].tolist() == [0.5, 1.0]
+    assert found.components[1, 0].isnan()
+    assert found.version.tolist() == [4, 2, 2, 2]
+    assert found.prefix.tolist()[1] == [True, False, False] and int(found.prefix.sum()) == 1
+    assert torch.equal(torch.as_tensor(found["level"]), torch.arange(4))  # from extra_info
+    assert found["hint"] == [None, 3, None, None] and "hint" in found.columns.written
+
+
+def test_rows_are_in_the_order_of_prompt_and_draw_whatever_order_they_finished_in() -> None:
+    keys = ["b_1_0", "a_10_0", "b_0_0", "a_2_0"]
+    assert [keys[row] for row in rows_of_verl.order_of(keys, [0, 1, 0, 1])] == ["b_0_0", "b_1_0", "a_2_0", "a_10_0"]
+    with pytest.raises(DataError, match="several outputs"):
+        rows_of_verl.order_of(["a_0_0", "a_0_1"], [0, 0])
+
+
+def test_columns_of_the_update_come_back_as_they_were() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(5) < torch.tensor([5, 2, 0, 3])[:, None]
+    columns = {
+        "mask": mask, "advantages": torch.randn(4, 1, generator=generator), "groups": torch.tensor([0, 0, -1, 1]),
+        "token_weights": torch.rand(4, 5, generator=generator) * mask, "kind": torch.zeros(4, dtype=torch.int8),
+        "rewards": torch.tensor([[1.0, torch.nan, 2.0, 0.0, 0.0]] * 4), "note": ["a", "b", "c", "d"],
+        "segments": torch.where(mask, 1, 0), "wide": torch.randn(4, 3, generator=generator),
+    }  # fmt: skip
+    packed, packing = rows_of_verl.pack(columns)
+    there = rows_of_verl.stored(packed, 4)
+    wanted = torch.tensor([0, 1, 3])
+    found = rows_of_verl.unpack(there, packing, wanted, "cpu")
+    for name, column in columns.items():
+        if isinstance(column, torch.Tensor):
+            assert found[name].dtype == column.dtype and found[name].shape[1:] == column.shape[1:], name
+            assert torch.equal(found[name].nan_to_num(-7), column[wanted].nan_to_num(-7)), name
+    assert found["note"] == ["a", "b", "d"]
+
+
+def test_columns_of_one_token_keep_their_shape() -> None:
+    mask = torch.ones((2, 1), dtype=torch.bool)
+    packed, packing = rows_of_verl.pack({"mask": mask, "advantages": torch.tensor([[1.0], [2.0]])})
+    found = rows_of_verl.unpack(rows_of_verl.stored(packed, 2), packing, torch.arange(2), "cpu")
+    assert found["mask"].shape == (2, 1) and found["advantages"].tolist() == [[1.0], [2.0]]
+
+
+def test_a_prompt_keeps_its_key_whatever_batch_it_is_in() -> None:
+    known = pool()
+    batch = {"raw_prompt": [[{"role": "user", "content": text}] for text in ("2?", "0?", "9?")]}
+    assert known.positions(batch) == [2, 0, -1]
+    by_id = Pool.of([{"raw_prompt": "a", "id": "x"}, {"raw_prompt": "b", "id": "y"}], PromptTable())
+    assert by_id.positions({"raw_prompt": ["rewritten"], "id": ["y"]}) == [1]
+
+
+def test_metrics_are_weighted_means_over_everything() -> None:
+    first, second = Metrics(), Metrics()
+    first.log("rlplugins/x/max_ratio", 2.0, 3.0)
+    second.log("rlplugins/x/max_ratio", 6.0, 1.0)
+    parts = [encoded(first), encoded(second)]
+    mean = {f"actor/{name}": np.mean([part[name][0] for part in parts]) for name in parts[0]}
+    assert not any(word in name.partition("/")[2] for name in mean for word in ("max", "min"))
+    assert decoded({**mean, "actor/lr": 1.0}, "actor/") == {"rlplugins/x/max_ratio": 3.0, "actor/lr": 1.0}
+
+
+class Store:
+    """Stands for TransferQueue."""
+
+    def __init__(self) -> None:
+        self.put: dict[str, Any] = {}
+
+    def kv_batch_put(self, keys: list[str], partition_id: str, fields: Any, tags: list[dict]) -> None:
+        self.put = {"keys": keys, "fields": fields, "tags": tags}
+
+
+class Batch:
+    """Stands for verl's batch."""
+
+    def __init__(self, keys: list[str], tags: list[dict], partition_id: str, fields: Any, extra_info: Any) -> None:
+        self.keys, self.tags, self.partition_id, self.fields, self.extra_info = (
+            keys,
+            tags,
+            partition_id,
+            fields,
+            extra_info,
+        )
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    made = Store()
+    monkeypatch.setattr(rows, "tq", made)
+    return made
+
+
+def step_rows() -> tuple[Any, Any, Rollouts]:
+    keys = ["u0_0_0", "u0_1_0", "u1_0_0", "u1_1_0"]
+    there = stored_rows([3, 1, 2, 2])
+    drawn = rows_of_verl.to_rollouts(there, keys, pool().prompts, 2)
+    return Batch(keys, [{"seq_len": 1, "global_steps": 5} for _ in keys], "train", None, {}), there, drawn
+
+
+def test_rows_that_plugins_leave_alone_are_not_written_again(store: Store) -> None:
+    batch, there, drawn = step_rows()
+    same, kept = rows.added_rows(batch, there, drawn, drawn.select(torch.tensor([3, 0])))
+    assert store.put == {} and same is batch
+    assert kept.columns[KEY] == ["u1_1_0", "u0_0_0"]
+
+
+def test_rows_that_plugins_add_or_change_are_stored_under_keys_of_their_own(store: Store) -> None:
+    batch, there, drawn = step_rows()
+    extended = drawn.select(torch.tensor([0, 0, 2, 3]))
+    extended.responses[2, 0] = 99  # changed; and row 1 is a copy
+    made, named = rows.added_rows(batch, there, drawn, extended)
+    keys = list(named.columns[KEY])
+    assert keys[0] == "u0_0_0" and keys[3] == "u1_1_0"
+    assert keys[1].startswith("u0_") and keys[2].startswith("u1_") and not {keys[1], keys[2]} & set(batch.keys)
+    assert made.keys == [*batch.keys, keys[1], keys[2]]
+    assert store.put["keys"] == [keys[1], keys[2]]
+    assert [tag["response_len"] for tag in store.put["tags"]] == [3, 2] and store.put["tags"][0]["global_steps"] == 5
+    fields = store.put["fields"]
+    assert fields["responses"].unbind()[1].tolist() == [99, 2]
+    assert fields["input_ids"].unbind()[1].tolist() == [7, 8, 99, 2]
+    assert fields["rm_scores"].unbind()[1].tolist() == [0.0, 0.25]
+    assert rows_of_verl.as_list(fields["uid"]) == ["u0", "u1"]
+
+
+def test_padding_rows_are_zero_in_every_column() -> None:
+    made = make_rollouts([1.0, 0.0], lengths=[2, 3])
+    packed, _ = rows_of_verl.pack({"mask": made.mask, "note": ["a", "b"]})
+    filler = rows_of_verl.filler(packed["rlplugins__mask"])
+    assert filler.tolist() == [False]  # as long as the response that verl gives such a row
+    assert rows_of_verl.filler(packed["rlplugins__note"]) == "a"

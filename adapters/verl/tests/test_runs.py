@@ -1,0 +1,139 @@
+"""verl itself: Ray, FSDP2 on gloo, agent loops, rewards, validation, checkpoints. Few starts, since one takes minutes."""
+
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from verl_runs import VerlRun, end_all, install_probe, with_stack
+
+TIMES = ("timing_s/", "timing_per_token_ms/", "perf/", "actor/mfu", "actor/perf", "critic/mfu")
+STACK = ("knapsack", "bapo", "d3s")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    yield
+    end_all()
+
+
+def measured(run: VerlRun) -> list[dict[str, Any]]:
+    """All metrics but those that say how long something took or how much memory there was."""
+    return [
+        {name: value for name, value in step.items() if not name.startswith(TIMES) and "/perf/" not in name}
+        for step in run.metrics
+    ]
+
+
+def weights(run: VerlRun, step: int) -> dict[str, str]:
+    """Hashes of the tensors of the actor in a checkpoint; the rest of the file names its processes."""
+    with zipfile.ZipFile(
+        run.folder / "checkpoints" / f"global_step_{step}" / "actor" / "model_world_size_1_rank_0.pt"
+    ) as file:
+        found = {name.partition("/")[2]: hashlib.sha256(file.read(name)).hexdigest() for name in file.namelist()}
+    tensors = {name: digest for name, digest in found.items() if name.startswith("data/")}
+    assert len(tensors) > 10
+    return tensors
+
+
+def plugin_state(run: VerlRun, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of the plugins, and the prompt table, in a checkpoint."""
+    folder = run.state(step)
+    return json.loads((folder / "state.json").read_text()), load_file(folder / "table.safetensors")
+
+
+def test_an_empty_stack_is_plain_verl_bit_for_bit(tmp_path: Path) -> None:
+    saving = ["trainer.save_freq=5"]
+    plain = VerlRun(tmp_path / "plain", saving, steps=5).wait()
+    empty = VerlRun(tmp_path / "empty", [*saving, *with_stack()], steps=5).wait()
+    mine, theirs = measured(empty), measured(plain)
+    assert len(theirs) == 5 and len(theirs[0]) > 30
+    assert all(math.isfinite(step["actor/pg_loss"]) for step in theirs)
+    assert len({step["critic/score/mean"] for step in theirs}) == 5  # it learns from responses that differ
+    assert mine == theirs
+    assert weights(empty, 5) == weights(plain, 5)
+    assert not empty.state(5).exists()
+
+
+def test_every_hook_is_called_where_it_belongs(tmp_path: Path) -> None:
+    probe = install_probe(tmp_path / "probe")
+    notes = tmp_path / "notes.jsonl"
+    overrides = [
+        "trainer.v1.trainer_mode=rlplugins_sync",
+        f"+rlplugins.plugins=[{{probe:{{log_file:{notes}}}}}]",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+        "trainer.test_freq=1",
+        "trainer.val_before_train=True",
+        "trainer.save_freq=2",
+    ]
+    run = VerlRun(tmp_path / "run", overrides, steps=2, probe=probe).wait()
+    said = [json.loads(line) for line in notes.read_text().splitlines()]
+    seen: Callable[[str], list[dict[str, Any]]] = lambda hook: [entry for entry in said if entry["hook"] == hook]  # noqa: E731
+
+    allocated, extended, ended = seen("allocate_rollouts"), seen("extend_rollouts"), seen("on_step_end")
+    assert [len(entry["keys"]) for entry in allocated] == [8, 8] and allocated[0]["budget"] == 32
+    both = set(allocated[0]["keys"]) | set(allocated[1]["keys"])
+    assert len(both) <= 16  # prompt_weights leaves half of the pool
+    drawn_twice = set(allocated[0]["keys"]) & set(allocated[1]["keys"])
+    known = dict(zip(allocated[1]["keys"], allocated[1]["seen"], strict=True))
+    assert all(known[key] == (1 if key in drawn_twice else 0) for key in known)  # keys are stable, state is kept
+
+    first = extended[0]
+    sizes = [first["groups"].count(group) for group in dict.fromkeys(first["groups"])]
+    assert sizes == [2, 6] * 4  # allocate_rollouts, and rows in the order of the prompts
+    assert first["drawn"] == [draw for size in sizes for draw in range(size)]  # ... and of the draws
+    order = list(dict.fromkeys(first["keys"]))
+    assert order == allocated[0]["keys"]
+    short = [length for length, draw in zip(first["lengths"], first["drawn"], strict=True) if draw == 0]
+    assert max(short) <= 3  # sampling_params
+    hinted = [length for length, draw in zip(first["hinted"], first["drawn"], strict=True) if draw == 0]
+    plain = [length for length, draw in zip(first["hinted"], first["drawn"], strict=True) if draw != 0]
+    assert min(hinted) > max(plain)  # rewrite_prompts
+    prefixed = [size for size, draw in zip(first["prefix"], first["drawn"], strict=True) if draw == 1]
+    assert prefixed == [2] * 8 and sum(first["prefix"]) == 16
+    starts = [tokens for tokens, draw in zip(first["start"], first["drawn"], strict=True) if draw == 1]
+    assert len({tuple(tokens) for tokens in starts}) == 1  # all of them begin with the same forced text
+    assert first["names"] == ["acc", "digits"] and min(first["difficulty"]) >= 0
+    assert [set(entry["version"]) for entry in extended] == [{0}, {1}]
+
+    assert all(entry["difference"] < 1e-4 for entry in seen("engine.log_probs"))  # the engine and the actor agree
+    credit = seen("shape_advantages")[0]
+    assert credit["rows"] == 32 and credit["kind"].count(1) == 1  # an expert row came, one row went
+    assert credit["groups"].count(-1) == 1 and credit["entropy"] > 0
+    assert credit["reference"] == pytest.approx(credit["old"], rel=1e-4)  # the reference is still the policy
+    assert [entry["rows"] for entry in ended] == [33, 33] and [entry["missing"] for entry in ended] == [1, 1]
+    assert all(entry["moved"] > 1e-6 for entry in ended)  # after the update
+    assert [entry["step"] for entry in ended] == [0, 1] and [entry["steps"] for entry in ended] == [1, 2]
+    assert [entry["validations"] for entry in seen("on_validation")] == [1, 2]  # not the one before the first step
+
+    metrics = run.metrics[-1]
+    assert metrics["rlplugins/probe/rows"] == 33 and metrics["rlplugins/probe/expert_rows"] > 0
+    assert metrics["rollouts/kept"] == pytest.approx(32 / 33)
+    state, _ = plugin_state(run, 2)
+    assert state["states"]["probe"] == {"steps": 2, "validations": 2}  # saved after the life hooks
+
+
+def test_a_killed_run_with_vllm_goes_on_with_the_state_of_its_checkpoint(tmp_path: Path) -> None:
+    overrides = [*with_stack(*STACK), "trainer.save_freq=1", "trainer.test_freq=3"]
+    run = VerlRun(tmp_path / "run", overrides, engine="vllm", steps=3)
+    run.wait_for(lambda: run.saved() >= 2)
+    run.kill()
+    at = run.saved()
+    state, table = plugin_state(run, at)
+    assert state["step"] == at and state["states"]["d3s"]["progress_step"] == at
+    assert int(table["column/visits"].sum()) == 8 * at
+    for metrics in run.metrics:
+        assert metrics["training/rollout_actor_probs_pearson_corr"] > 0.99  # the engine has the trained weights
+        assert math.isfinite(metrics["actor/pg_loss"]) and "rlplugins/knapsack/known" in metrics
+
+    resumed = VerlRun(tmp_path / "run", overrides, engine="vllm", steps=3).wait()
+    assert [entry["step"] for entry in resumed.metrics] == list(range(at + 1, 4))
+    assert any(name.startswith("val-core/") for name in resumed.metrics[-1])
+    state, table = plugin_state(resumed, 3)
+    assert state["states"]["d3s"]["progress_step"] == 3
+    assert int(table["column/visits"].sum()) == 24  # nothing lost, nothing twice

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The same run on a Ray cluster of several nodes of 8 GPUs, submitted as a job from anywhere that reaches the head:
+#
+#   NODES=4 RAY_ADDRESS=http://HEAD:8265 ray_cluster.sh MODEL TRAIN.parquet VALIDATION.parquet OUTPUT [settings of verl]
+#
+# Every node needs the same distributions (verl, rlplugins-verl, the stack's plugins) and sees the paths: the run shakes hands
+# with every worker when it starts, and says which one differs.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+export NODES=${NODES:?number of nodes}
+
+ray job submit --address "${RAY_ADDRESS:?http://HEAD:8265}" --working-dir "$here" \
+    --runtime-env-json "{\"env_vars\": {\"NODES\": \"$NODES\"}}" \
+    -- bash one_node.sh "$@"
