@@ -247,37 +247,42 @@ class Gae(Plugin):
         return frozenset({"absolute_advantages", "reward_scale"}) if self.whiten else frozenset()
 
     @hookimpl
-    def compute_advantages(self, rewards: Tensor, values: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
-        advantages = gae(rewards, values, mask, self.gamma, self.lam)
+    def compute_advantages(self, rewards: Tensor, values: Tensor, groups: Tensor, mask: Tensor, step: Step) -> Tensor:
+        returns = lambda_returns(rewards, values, mask, self.gamma, self.lam)
+        step.keep(self._returns, (rewards, returns))
+        advantages = above_values(returns, values, mask)
         return whiten_(advantages, mask, groups) if self.whiten else advantages
 
     @hookimpl
-    def value_targets(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return lambda_returns(rewards, values, mask, self.gamma, self.lam), mask
+    def value_targets(self, rewards: Tensor, values: Tensor, mask: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        made_from, returns = step.kept.get(self._returns, (None, None))
+        if made_from is not rewards:  # of another estimator, or of other rewards
+            returns = lambda_returns(rewards, values, mask, self.gamma, self.lam)
+        return returns, mask
 
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """A_t = delta_t + gamma lam A_t+1 over each row's masked tokens, (B, T); 0 elsewhere."""
-
-    def compute(rewards: Tensor, own: Tensor, values: Tensor) -> Tensor:
-        values = values * own
-        return _lambda_returns(rewards, values, gamma, lam) - values
-
-    return over_own_tokens(compute, rewards, mask, values)
+    @property
+    def _returns(self) -> str:
+        return f"returns {self.gamma} {self.lam}"
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """A_t + V_t = r_t + gamma ((1 - lam) V_t+1 + lam (A_t+1 + V_t+1)) over each row's masked tokens, (B, T); 0 elsewhere."""
 
     def compute(rewards: Tensor, own: Tensor, values: Tensor) -> Tensor:
-        return _lambda_returns(rewards, values * own, gamma, lam)
+        rewards[:, :-1].add_((values * own)[:, 1:], alpha=gamma * (1 - lam))
+        return ops.discounted_sum(rewards, gamma * lam)
 
     return over_own_tokens(compute, rewards, mask, values)
 
 
-def _lambda_returns(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    rewards[:, :-1].add_(values[:, 1:], alpha=gamma * (1 - lam))
-    return ops.discounted_sum(rewards, gamma * lam)
+def above_values(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """A_t = (A_t + V_t) - V_t, which is delta_t + gamma lam A_t+1, on the masked tokens, (B, T); 0 elsewhere."""
+    return ops.by_blocks(
+        lambda returns, values, mask: (returns - values).mul_(ops.as_numbers(mask, returns.dtype)),
+        returns,
+        values,
+        mask,
+    )
 
 
 def over_own_tokens(compute: Callable[..., Tensor], rewards: Tensor, mask: Tensor, *columns: Tensor) -> Tensor:

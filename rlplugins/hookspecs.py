@@ -403,7 +403,7 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         "scale": "(B, 1) or (B, N) float, what the owner of `advantage_scale` gave",
         "scores": "(B, 1) float, raw scores of the reward function; NaN where it gave nothing finite",
         "segments": "(B, T) int64, credit unit of every token; -1: none; None where rewards are per response",
-        "step": "`Step`: `number`, `total_steps`, `share`, `shared`, `generator(self)`",
+        "step": "`Step`: `number`, `total_steps`, `share` and `shared`, `keep` and `kept`, `generator(self)`",
         "temperature": "float, of the trainer",
         "token_weights": "(B, T) float, u; (B, 1) of ones where no plugin weighs tokens",
         "values": "(B, T) float32, of the critic",

@@ -61,6 +61,7 @@ class Step:
     total_steps: int
     seed: int = 0
     _everyone: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _kept: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     plugin: str = ""
 
     @property
@@ -76,6 +77,15 @@ class Step:
     def share(self, name: str, value: Any) -> None:
         """Hand a number, a tensor or a plain value to this plugin's later hooks of this step, the update's included."""
         self._everyone.setdefault(self.plugin, {})[name] = value
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """What this plugin kept in this step."""
+        return self._kept.get(self.plugin, {})
+
+    def keep(self, name: str, value: Any) -> None:
+        """Spare this plugin's later hooks of this step on the driver a computation; unlike `share`, nothing is sent."""
+        self._kept.setdefault(self.plugin, {})[name] = value
 
     def generator(self, plugin: Plugin) -> torch.Generator:
         """Random numbers as a function of seed, step and plugin: the same on every call, rank and resumed run."""

@@ -140,3 +140,12 @@ def test_a_plugins_metrics_carry_its_name() -> None:
 def test_a_metric_is_one_number() -> None:
     with pytest.raises(ConfigurationError, match=r"log\('x'\) takes one number, got a tensor of shape \(2, 1\)"):
         Metrics().log("x", torch.zeros(2, 1))
+
+
+def test_what_is_kept_stays_with_the_plugin_and_is_not_sent() -> None:
+    step = Step(0, 10)
+    mine, other = step.of("mine"), step.of("other")
+    mine.keep("returns", 3.0)
+    assert step.of("mine").kept == {"returns": 3.0}
+    assert other.kept == {}
+    assert step.shared_by_all() == {}
