@@ -47,6 +47,8 @@ def test_it_is_explained_in_a_stack(installed: tuple[Path, dict[str, str]]) -> N
     assert "legal: this stack can run" in text
 
 
-def test_its_own_test_passes(installed: tuple[Path, dict[str, str]]) -> None:
+def test_its_own_tests_pass(installed: tuple[Path, dict[str, str]]) -> None:
     folder, environment = installed
-    assert "1 passed" in run("pytest", "-q", "test_median.py", folder=folder, environment=environment)
+    text = run("pytest", "-v", "test_median.py", folder=folder, environment=environment)
+    assert "test_the_median_has_advantage_zero PASSED" in text
+    assert "test_conformance::permutation PASSED" in text and "test_conformance::state PASSED" in text

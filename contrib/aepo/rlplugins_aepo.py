@@ -87,7 +87,7 @@ class Aepo(Plugin):
     def _second(self, rollouts: Rollouts, first: Tensor, prompts: Prompts, engine: Engine) -> tuple[Rollouts, Tensor]:
         """As many responses at temperature T as there are of the prompts of these rows, and which prompt's each is."""
         counts = drawn_sizes(rollouts)[first].cpu()
-        chosen = prompts.select(positions(prompts, rollouts.prompt_rows[first].cpu()))
+        chosen = prompts.select(prompts.positions(rollouts.prompt_rows[first]))
         requests = Requests.of(chosen, counts)
         sampling = engine.sampling(len(requests))
         hot = torch.full_like(sampling.temperature, self.temperature(self.state.entropy))
@@ -155,13 +155,6 @@ def first_rows(rollouts: Rollouts) -> Tensor:
     dense, count = ops.dense_groups(rollouts.groups[rows])
     first = torch.full((count,), len(rows), device=rows.device)
     return rows[first.scatter_reduce(0, dense, torch.arange(len(rows), device=rows.device), "amin")]
-
-
-def positions(prompts: Prompts, rows: Tensor) -> Tensor:
-    """Where in the pool the prompts with these rows of the prompt table stand, (M,) int64."""
-    place = torch.full((len(prompts.table),), -1)
-    place[prompts.rows] = torch.arange(len(prompts))
-    return place[rows]
 
 
 def as_controller(added: Rollouts, rollouts: Rollouts, like: Tensor) -> Rollouts:

@@ -160,7 +160,7 @@ def entropy_statistics(entropy: Tensor, mask: Tensor, pivot: float = 0.8, releas
         pivot: q, of the quantile by nearest rank.
         released_sign: s- below 0, so that no token has hhat below 0.
     """
-    logs = entropy[mask & ~entropy.isnan()].clamp_(min=FLOOR).log_()
+    logs = entropy[mask & ~entropy.isnan()].float().clamp_(min=FLOOR).log_()
     if not len(logs):
         return list(NEUTRAL)
     low, high = logs.aminmax()

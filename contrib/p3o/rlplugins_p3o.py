@@ -190,8 +190,8 @@ def v2(
 
 
 def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over each response's own tokens, (B, 1)."""
-    return (values * mask).sum(1, keepdim=True)
+    """Sum over each response's own tokens, (B, 1), in float32 or better."""
+    return (values * mask).sum(1, keepdim=True, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def sequence_ratio(now: Tensor, old: Tensor) -> Tensor:

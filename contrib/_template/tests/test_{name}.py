@@ -1,7 +1,7 @@
 """Facts about {slug}: first the numbers of the paper or of its authors' code."""
 
-from rlplugins import Stack
+from rlplugins.testing import conformance
 
+# what every plugin must do; name every configuration that turns a hook on or off: [{}, {"option": value}]
 
-def test_a_stack_can_run_it() -> None:
-    assert [plugin.name for plugin in Stack(["{slug}"]).plugins] == ["{slug}"]
+test_conformance = conformance("{slug}")

@@ -15,7 +15,7 @@ from rlplugins.errors import ConfigurationError, StackError
 from rlplugins.plugin import make
 from rlplugins.rollouts import Sampling
 from rlplugins.stack import Stack
-from rlplugins.testing import credit, make_pool, make_rollouts, start
+from rlplugins.testing import conformance, credit, make_pool, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_aepo import Aepo, controller_advantages
 
@@ -436,21 +436,6 @@ def test_temperatures_in_the_wrong_order_are_refused():
         make(Aepo, {"T_lo": 1.3})
 
 
-def with_fact(**facts):
-    """A plugin that says this of itself and does nothing."""
-
-    class Other(Plugin):
-        name = "other"
-        breaks = frozenset(facts.get("breaks", ()))
-        assumes = frozenset(facts.get("assumes", ()))
-
-        @hookimpl
-        def prepare_step(self):
-            pass
-
-    return Other()
-
-
 @pytest.mark.parametrize(
     ("other", "fact"),
     [({"breaks": ["absolute_advantages"]}, "absolute_advantages"), ({"breaks": ["single_entropy"]}, "single_entropy"),
@@ -458,8 +443,8 @@ def with_fact(**facts):
 )  # fmt: skip
 def test_facts_that_clash_are_refused(other, fact):
     with pytest.raises(StackError, match=fact):
-        Stack(["grpo", "aepo", with_fact(**other)])
-    Stack(["grpo", "aepo", with_fact(**other)], allow=[fact])
+        Stack(["grpo", "aepo", stand_in(**other)])
+    Stack(["grpo", "aepo", stand_in(**other)], allow=[fact])
 
 
 def test_an_entropy_bonus_is_refused():
@@ -480,3 +465,10 @@ def test_a_row_of_its_kind_that_it_did_not_declare_would_be_refused(monkeypatch)
     monkeypatch.setattr(Aepo, "kinds", frozenset())
     with pytest.raises(Exception, match="controller"):
         opened().extend_rollouts(main_rows(), Engine())
+
+
+# what every plugin must do
+
+test_conformance = conformance(
+    "aepo", unless={"permutation": "the first rows of the step make room for the added ones"}
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlplugins import Plugin, Stack, hookimpl
 from rlplugins.errors import ConfigurationError, StackError
 from rlplugins.rollouts import POLICY
-from rlplugins.testing import loss_and_gradient, make_rollouts, start
+from rlplugins.testing import conformance, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_bapo import Bapo, negative_part, positive_part
 
@@ -482,17 +482,6 @@ def test_rows_of_no_group_and_rows_without_a_finite_reward_do_not_count():
 # needs, facts and claims
 
 
-class Breaker(Plugin):
-    """Breaks one fact."""
-
-    name = "breaker"
-    breaks = frozenset({"token_ratio"})
-
-    @hookimpl
-    def shape_advantages(self, advantages: Tensor) -> Tensor:
-        return advantages
-
-
 class OtherClip(Plugin):
     """Another owner of the clip range."""
 
@@ -504,8 +493,8 @@ class OtherClip(Plugin):
 
 
 def test_refused_where_the_loss_does_not_compare_token_by_token():
-    with pytest.raises(StackError, match=r"token_ratio.*bapo assumes it, breaker breaks it"):
-        Stack(["bapo", Breaker()])
+    with pytest.raises(StackError, match=r"token_ratio.*bapo assumes it, other breaks it"):
+        Stack(["bapo", stand_in(breaks=["token_ratio"])])
     with pytest.raises(StackError, match=r"token_ratio.*bapo assumes it, gspo breaks it"):
         Stack(["bapo"], owners={"policy_loss": "gspo"})
 
@@ -562,3 +551,11 @@ def test_remembers_nothing(tmp_path):
     for _ in range(2):  # every search starts anew
         _, mini, _ = opened({}, example(), stack=stack)
         assert mini.shared["bapo"]["clip"] == pytest.approx((0.8, 2.0))
+
+
+# what every plugin must do
+
+test_conformance = conformance(
+    "bapo",
+    [{}, {"preset": "paper"}, {"measure": "active", "token_weight": True}, {"scope": "micro_batch"}],
+)

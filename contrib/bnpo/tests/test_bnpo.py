@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlplugins import Plugin, Stack, hookimpl, ops
+from rlplugins import Stack, ops
 from rlplugins.errors import ConfigurationError, HookError, StackError
-from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
+from rlplugins.rollouts import Rollouts
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_bnpo import Bnpo, beta_parameters
 
@@ -269,26 +271,11 @@ def test_options_out_of_range_name_plugin_and_field(options):
 # needs, facts and claims
 
 
-class Breaker(Plugin):
-    """Breaks one fact."""
-
-    name = "breaker"
-    fact: str
-
-    @property
-    def breaks(self) -> frozenset[str]:
-        return frozenset({self.fact})
-
-    @hookimpl
-    def shape_advantages(self, advantages: Tensor) -> Tensor:
-        return advantages
-
-
 @pytest.mark.parametrize("fact", ["unit_rewards", "response_rewards", "absolute_advantages"])
 def test_refused_with_a_plugin_that_breaks_what_it_assumes(fact):
-    with pytest.raises(StackError, match=rf"{fact}.*bnpo assumes it, breaker breaks it"):
-        Stack(["bnpo", Breaker(fact=fact)])
-    Stack(["bnpo", Breaker(fact=fact)], allow=[fact])
+    with pytest.raises(StackError, match=rf"{fact}.*bnpo assumes it, other breaks it"):
+        Stack(["bnpo", stand_in(breaks=[fact])])
+    Stack(["bnpo", stand_in(breaks=[fact])], allow=[fact])
 
 
 def test_decompose_assumes_nothing_about_the_total_reward():
@@ -363,3 +350,13 @@ def test_remembers_nothing(tmp_path):
     assert torch.equal(
         again.credit(make_rollouts(REWARDS, GROUPS)).advantages, stack.credit(make_rollouts(REWARDS, GROUPS)).advantages
     )
+
+
+# what every plugin must do
+
+
+def with_components(rollouts: Rollouts) -> Rollouts:
+    return replace(rollouts, components=torch.cat([rollouts.scores, 7 * rollouts.scores % 1], dim=1))
+
+
+test_conformance = conformance("bnpo", [{}, {"decompose": True}], rows=with_components)

@@ -16,7 +16,7 @@ from rlplugins import Plugin, hookimpl, needs
 from rlplugins.errors import ConfigurationError, StackError
 from rlplugins.plugin import make
 from rlplugins.stack import Stack
-from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_d3s import D3s, most_varied, number_of_groups
 
@@ -454,33 +454,11 @@ def test_options_out_of_range_are_refused_by_name(field, value):
         make(D3s, {field: value})
 
 
-class Renormalises(Plugin):
-    """Breaks what D3S assumes."""
-
-    name = "renormalises"
-    breaks = frozenset({"absolute_advantages"})
-
-    @hookimpl
-    def shape_advantages(self, advantages):
-        return advantages / advantages.std()
-
-
-class Whole(Plugin):
-    """Assumes what D3S breaks."""
-
-    name = "whole"
-    assumes = frozenset({"whole_groups"})
-
-    @hookimpl
-    def prepare_step(self, step):
-        pass
-
-
-@pytest.mark.parametrize(("other", "fact"), [(Renormalises, "absolute_advantages"), (Whole, "whole_groups")])
-def test_facts_that_clash_are_refused(other, fact):
+@pytest.mark.parametrize(("how", "fact"), [("breaks", "absolute_advantages"), ("assumes", "whole_groups")])
+def test_facts_that_clash_are_refused(how, fact):
     with pytest.raises(StackError, match=fact):
-        Stack(["grpo", "d3s", other()])
-    Stack(["grpo", "d3s", other()], allow=[fact])
+        Stack(["grpo", "d3s", stand_in(**{how: [fact]})])
+    Stack(["grpo", "d3s", stand_in(**{how: [fact]})], allow=[fact])
 
 
 def test_a_trainer_without_entropies_or_groups_is_refused():
@@ -488,3 +466,8 @@ def test_a_trainer_without_entropies_or_groups_is_refused():
         Stack(["d3s"], trainer=Trainer(name="bare", columns=frozenset()))
     with pytest.raises(StackError, match="2 or more"):
         Stack(["d3s"], trainer=Trainer(name="single", group_size=1))
+
+
+# what every plugin must do
+
+test_conformance = conformance("d3s", [{}, {"scope": "group", "token_scope": "response"}, {"k_init": 1.0}])

@@ -14,7 +14,7 @@ from rlplugins.defaults import EntropyBonus
 from rlplugins.errors import ConfigurationError, StackError
 from rlplugins.plugin import make
 from rlplugins.stack import Stack
-from rlplugins.testing import loss_and_gradient, make_rollouts, start
+from rlplugins.testing import conformance, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_epo import Epo, beta, epoch_weight, token_weights
 
@@ -516,18 +516,8 @@ def test_a_second_entropy_term_is_refused():
         Stack(["epo"], trainer=trainer)
     Stack(["epo"], trainer=trainer, allow=["single_entropy"])
 
-    class Other(Plugin):
-        """Wants to be the only entropy term."""
-
-        name = "other"
-        assumes = frozenset({"single_entropy"})
-
-        @hookimpl
-        def prepare_step(self):
-            pass
-
     with pytest.raises(StackError, match=r"single_entropy.*other assumes it, epo breaks it"):
-        Stack(["epo", Other()])
+        Stack(["epo", stand_in(assumes=["single_entropy"])])
 
 
 def test_a_trainer_without_what_it_needs_is_refused():
@@ -542,3 +532,24 @@ def test_a_trainer_without_what_it_needs_is_refused():
     with pytest.raises(StackError, match="one rank"):
         Stack([{"epo": {"variant": "code"}}], trainer=Trainer(name="many", ranks=2, provides=given))
     Stack(["epo"], trainer=Trainer(name="many", ranks=2, provides=given))
+
+
+# what every plugin must do
+
+
+def with_turns(rollouts):
+    rollouts["trajectory"] = 2 * rollouts.prompt_rows + rollouts.responses[:, 1] % 2
+    rollouts["turn"] = rollouts.responses[:, 1] % 3
+    return rollouts
+
+
+CODE = {"variant": "code", "turn": "turn", "max_steps": 4}
+test_conformance = conformance(
+    "epo", [{}, {"trajectory": "trajectory"}, {"lam": 0.0}, CODE, {**CODE, "smooth_weights": True}], rows=with_turns
+)
+test_conformance_by_response = conformance(
+    "epo",
+    [{**CODE, "level": "seq"}],
+    rows=with_turns,
+    unless={"padding": "the code takes the mean over all columns, padding included"},
+)

@@ -17,7 +17,7 @@ from rlplugins.errors import ConfigurationError, StackError
 from rlplugins.plugin import make
 from rlplugins.rollouts import Requests, Sampling
 from rlplugins.stack import Stack
-from rlplugins.testing import credit, loss_and_gradient, make_pool, make_rollouts, start
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_pool, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_hapo_token import NEUTRAL, NUMBERS, HapoToken, entropy_statistics
 
@@ -521,39 +521,18 @@ def able(**fields):
     return Trainer(name="able", provides=provides, columns=frozenset({"entropy"}), **fields)
 
 
-class TwoRewards(Plugin):
-    """A reward per segment."""
-
-    name = "two_rewards"
-    breaks = frozenset({"response_rewards"})
-
-
-class PerSequence(Plugin):
-    """A ratio per response."""
-
-    name = "per_sequence"
-    breaks = frozenset({"token_ratio"})
-
-
-class LikesTheScale(Plugin):
-    """Takes a factor on the rewards to reach the loss."""
-
-    name = "likes_the_scale"
-    assumes = frozenset({"reward_scale"})
-
-
 @pytest.mark.parametrize(
-    ("other", "fact", "harmless"),
+    ("how", "fact", "harmless"),
     [
-        (TwoRewards, "response_rewards", {"token_average": False}),
-        (PerSequence, "token_ratio", {"adv_beta": 0.0, "clip_alpha": 0.0}),
-        (LikesTheScale, "reward_scale", {"token_average": False}),
+        ("breaks", "response_rewards", {"token_average": False}),
+        ("breaks", "token_ratio", {"adv_beta": 0.0, "clip_alpha": 0.0}),
+        ("assumes", "reward_scale", {"token_average": False}),
     ],
 )
-def test_the_facts_of_the_parts(other, fact, harmless):
+def test_the_facts_of_the_parts(how, fact, harmless):
     with pytest.raises(StackError, match=fact):
-        Stack(["hapo-token", other()])
-    Stack([{"hapo-token": harmless}, other()], owners={"advantage_scale": "one"})
+        Stack(["hapo-token", stand_in(**{how: [fact]})])
+    Stack([{"hapo-token": harmless}, stand_in(**{how: [fact]})], owners={"advantage_scale": "one"})
 
 
 def test_a_trainer_that_lacks_what_a_part_needs_is_refused_unless_it_is_off():
@@ -596,3 +575,11 @@ def test_another_owner_is_refused(hook):
 def test_options_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(ConfigurationError, match=rf"hapo-token\.{field}"):
         make(HapoToken, {field: value})
+
+
+# what every plugin must do
+
+test_conformance = conformance(
+    "hapo-token",
+    [{}, {"tau": 0.0, "adv_beta": 0.0}, {"stats": "micro"}, {"token_average": False, "released_sign": True}],
+)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlplugins import Plugin, Stack, hookimpl
 from rlplugins.errors import ConfigurationError, StackError
 from rlplugins.rollouts import Prompts, Rollouts
-from rlplugins.testing import loss_and_gradient, make_pool, make_rollouts, start
+from rlplugins.testing import conformance, loss_and_gradient, make_pool, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_knapsack import (
     Knapsack,
@@ -401,11 +401,6 @@ def test_unequal_groups_train_with_the_estimator_of_the_stack(micro_batches: int
     torch.testing.assert_close(same, gradient, rtol=1e-12, atol=1e-12)
 
 
-class EqualGroups(Plugin):
-    name = "equal"
-    assumes = frozenset({"equal_groups"})
-
-
 class Allocator(Plugin):
     name = "allocator"
 
@@ -415,9 +410,9 @@ class Allocator(Plugin):
 
 
 def test_conflicts_are_refused():
-    with pytest.raises(StackError, match=r"equal_groups.*equal assumes it, knapsack breaks it"):
-        Stack(["knapsack", EqualGroups()])
-    Stack(["knapsack", EqualGroups()], allow=["equal_groups"])
+    with pytest.raises(StackError, match=r"equal_groups.*other assumes it, knapsack breaks it"):
+        Stack(["knapsack", stand_in(assumes=["equal_groups"])])
+    Stack(["knapsack", stand_in(assumes=["equal_groups"])], allow=["equal_groups"])
     with pytest.raises(StackError, match="allocate_rollouts has one owner"):
         Stack(["knapsack", Allocator()])
     with pytest.raises(StackError, match="knapsack needs 2 or more"):
@@ -443,3 +438,8 @@ def test_wrong_options_are_named(options):
 def test_bounds_that_do_not_fit_together_are_named():
     with pytest.raises(ConfigurationError, match=r"knapsack.*N_lo 9 is above N_up 8"):
         Stack([{"knapsack": {"N_lo": 9, "N_up": 8}}])
+
+
+# what every plugin must do
+
+test_conformance = conformance("knapsack", [{}, {"min_gain": 0.1, "N_up": 6}])

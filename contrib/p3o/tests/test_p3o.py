@@ -15,7 +15,7 @@ from torch import Tensor
 from rlplugins import Plugin, Stack, hookimpl, needs
 from rlplugins.errors import ConfigurationError, HookError, StackError
 from rlplugins.rollouts import POLICY
-from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_p3o import P3o, number_of_pairs, ordered_pairs, v1, v2
 
@@ -661,25 +661,16 @@ def test_refused_with_one_response_per_prompt():
 
 
 def test_refused_with_rewards_per_segment():
-    class Breaker(Plugin):
-        name = "breaker"
-        breaks = frozenset({"response_rewards"})
-
-        @hookimpl
-        def shape_rewards(self, rewards: Tensor) -> Tensor:
-            return rewards
-
-    with pytest.raises(StackError, match=r"response_rewards.*p3o assumes it, breaker breaks it"):
-        Stack(["p3o", Breaker()])
+    with pytest.raises(StackError, match=r"response_rewards.*p3o assumes it, other breaks it"):
+        Stack(["p3o", stand_in(breaks=["response_rewards"])])
 
 
 def test_refused_where_the_loss_must_compare_token_by_token():
-    class Assumer(Plugin):
-        name = "assumer"
-        assumes = frozenset({"token_ratio"})
+    with pytest.raises(StackError, match=r"token_ratio.*other assumes it, p3o breaks it"):
+        Stack(["p3o", stand_in(assumes=["token_ratio"])])
 
-        @hookimpl
-        def prepare_step(self) -> None: ...
 
-    with pytest.raises(StackError, match=r"token_ratio.*assumer assumes it, p3o breaks it"):
-        Stack(["p3o", Assumer()])
+# what every plugin must do
+
+V1_OF_ALL = {"version": "V1", "partners": "mini_batch", "beta": 0.0}
+test_conformance = conformance("p3o", [{}, {"version": "V1"}, {"partners": "mini_batch", "kl_target": 0.1}, V1_OF_ALL])

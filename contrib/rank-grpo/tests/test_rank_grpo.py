@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rlplugins.errors import ConfigurationError, HookError, StackError
 from rlplugins.plugin import make
 from rlplugins.stack import Stack
 from rlplugins.steps import Run
-from rlplugins.testing import credit, loss_and_gradient, make_pool, make_rollouts, start
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_pool, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_rank_grpo import RankGrpo, item_hits, listed_items
 
@@ -536,21 +537,16 @@ def test_a_trainer_without_components_or_groups_is_refused():
         Stack([entry()], trainer=Trainer(name="bare", group_size=1))
 
 
-def assuming(fact):
-    return type("Assuming", (Plugin,), {"name": "assuming", "assumes": frozenset({fact})})()
-
-
 @pytest.mark.parametrize("fact", ["response_rewards", "reward_scale", "token_ratio"])
 def test_what_it_breaks(fact):
-    with pytest.raises(StackError, match=rf"{fact} .*assuming assumes it, rank-grpo breaks it"):
-        Stack([entry(), assuming(fact)])
+    with pytest.raises(StackError, match=rf"{fact} .*other assumes it, rank-grpo breaks it"):
+        Stack([entry(), stand_in(assumes=[fact])])
 
 
 def test_the_length_terms_assume_that_advantages_stay_as_they_are():
-    whitening = type("Whitening", (Plugin,), {"name": "whitening", "breaks": frozenset({"absolute_advantages"})})
-    with pytest.raises(StackError, match=r"absolute_advantages .*rank-grpo assumes it, whitening breaks it"):
-        Stack([entry(), whitening()])
-    Stack([entry(length_shaping=False), whitening()])
+    with pytest.raises(StackError, match=r"absolute_advantages .*rank-grpo assumes it, other breaks it"):
+        Stack([entry(), stand_in(breaks=["absolute_advantages"])])
+    Stack([entry(length_shaping=False), stand_in(breaks=["absolute_advantages"])])
 
 
 @pytest.mark.parametrize(
@@ -618,3 +614,15 @@ def test_the_year_may_be_two_off_and_the_nearest_is_used_up_first():
 
 def test_items_after_the_last_rank_do_not_count():
     assert hits("Alien (1979)\nHeat (1995)", FILMS, n_ranks=1) == [1]
+
+
+# what every plugin must do
+
+
+def with_hits(rollouts):
+    return replace(rollouts, components=rollouts.scores * torch.tensor([1, 7, 11]) % 1)
+
+
+KIT = {"n_ranks": 3, "separators": {3: 1, 4: 2}, "end_tokens": [1]}
+RELEASED = {**KIT, "reward": "log_decay", "aggregation": "token_mean"}
+test_conformance = conformance("rank-grpo", [KIT, RELEASED, {**KIT, "length_shaping": False}], rows=with_hits)

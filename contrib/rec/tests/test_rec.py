@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlplugins import Plugin, Stack, hookimpl, needs
 from rlplugins.errors import ConfigurationError, StackError
-from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_rec import kept_tokens, place_in_group, red_drop
 
@@ -517,46 +517,18 @@ def test_another_owner_of_loss_or_reduction_is_refused():
     assert "reduce_loss" not in str(refused.value)
 
 
-def breaking(fact: str) -> Plugin:
-    """A plugin that breaks one fact."""
-
-    class Breaker(Plugin):
-        name = "breaker"
-        breaks = frozenset({fact})
-
-        @hookimpl
-        def select_samples(self, rewards: Tensor) -> Tensor:
-            return torch.ones_like(rewards[:, :1])
-
-    return Breaker()
-
-
-def assuming(fact: str) -> Plugin:
-    """A plugin that assumes one fact."""
-
-    class Assumer(Plugin):
-        name = "assumer"
-        assumes = frozenset({fact})
-
-        @hookimpl
-        def select_samples(self, rewards: Tensor) -> Tensor:
-            return torch.ones_like(rewards[:, :1])
-
-    return Assumer()
-
-
 @pytest.mark.parametrize(
     "fact, options",
     [("response_rewards", {}), ("absolute_advantages", {"shift": -0.1}), ("absolute_advantages", {"weight": "advantage"}),
      ("absolute_advantages", {"regularizer": "k2", "coef": 0.1}), ("absolute_advantages", {"drop": "balance"})],
 )  # fmt: skip
 def test_refused_where_what_it_assumes_is_broken(fact, options):
-    with pytest.raises(StackError, match=rf"{fact}.*rec assumes it, breaker breaks it"):
-        Stack([{"rec": options}, breaking(fact)])
+    with pytest.raises(StackError, match=rf"{fact}.*rec assumes it, other breaks it"):
+        Stack([{"rec": options}, stand_in(breaks=[fact])])
 
 
 def test_the_size_of_advantages_does_not_matter_where_only_their_proportions_do():
-    Stack([{"rec": {"clip_mode": "one-side", **IS}}, breaking("absolute_advantages")])
+    Stack([{"rec": {"clip_mode": "one-side", **IS}}, stand_in(breaks=["absolute_advantages"])])
 
 
 @pytest.mark.parametrize(
@@ -566,9 +538,9 @@ def test_the_size_of_advantages_does_not_matter_where_only_their_proportions_do(
      ("token_ratio", {"weight": "advantage"}, {"regularizer": "k2", "coef": 0.1})],
 )  # fmt: skip
 def test_refused_where_it_breaks_what_is_assumed(fact, options, without):
-    with pytest.raises(StackError, match=rf"{fact}.*assumer assumes it, rec breaks it"):
-        Stack([{"rec": options}, assuming(fact)])
-    Stack([{"rec": without}, assuming(fact)])
+    with pytest.raises(StackError, match=rf"{fact}.*other assumes it, rec breaks it"):
+        Stack([{"rec": options}, stand_in(assumes=[fact])])
+    Stack([{"rec": without}, stand_in(assumes=[fact])])
 
 
 def test_refused_with_one_response_per_prompt():
@@ -600,3 +572,21 @@ def test_refused_with_one_response_per_prompt():
 def test_options_out_of_range_name_plugin_and_field(options, field):
     with pytest.raises(ConfigurationError, match=rf"rec: .*{field}|rec\.{field}"):
         Stack([{"rec": options}])
+
+
+# what every plugin must do
+
+test_conformance = conformance(
+    "rec",
+    [
+        {},
+        {"clip_mode": "two-side", "weight": "importance_sampling", "std_normalize": True},
+        {"clip_mode": "ring"},
+        {"clip_mode": "one-side", "ratio": "sequence"},
+        {"weight": "advantage", "regularizer": "forward-kl", "coef": 0.1},
+        {"weight": "opmd", "opmd_baseline": "logavgexp", "regularizer": "k2", "coef": 0.1},
+    ],
+)
+test_conformance_of_red_drop = conformance(
+    "rec", [{"drop": "balance"}], unless={"permutation": "what is left out is drawn row by row"}
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlplugins import Plugin, Stack, hookimpl
 from rlplugins.errors import ConfigurationError, HookError, StackError
-from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins_riskpo import LEVELS, Riskpo, bundles_of, compose
 
 REWARDS = [1, 0, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 1, 1, 0]
@@ -514,31 +514,11 @@ def test_a_tail_at_level_zero_is_allowed_where_nothing_is_divided_by_it():
     Stack([riskpo(quantile_down=0.79, quantiles="own")])
 
 
-class Breaker(Plugin):
-    """Breaks one fact, or assumes it."""
-
-    name = "breaker"
-    broken: str = ""
-    assumed: str = ""
-
-    @property
-    def breaks(self) -> frozenset[str]:
-        return frozenset({self.broken} - {""})
-
-    @property
-    def assumes(self) -> frozenset[str]:
-        return frozenset({self.assumed} - {""})
-
-    @hookimpl
-    def shape_advantages(self, advantages: Tensor) -> Tensor:
-        return advantages
-
-
 @pytest.mark.parametrize("fact", ["response_rewards", "equal_groups", "complete_groups", "whole_groups"])
 def test_refused_with_a_plugin_that_breaks_what_it_assumes(fact):
-    with pytest.raises(StackError, match=rf"{fact}.*riskpo assumes it, breaker breaks it"):
-        Stack(["riskpo", Breaker(broken=fact)])
-    Stack(["riskpo", Breaker(broken=fact)], allow=[fact])
+    with pytest.raises(StackError, match=rf"{fact}.*riskpo assumes it, other breaks it"):
+        Stack(["riskpo", stand_in(breaks=[fact])])
+    Stack(["riskpo", stand_in(breaks=[fact])], allow=[fact])
 
 
 @pytest.mark.parametrize(
@@ -550,8 +530,8 @@ def test_refused_with_a_plugin_that_breaks_what_it_assumes(fact):
     ],
 )
 def test_refused_with_a_plugin_that_assumes_what_it_breaks(options, fact):
-    with pytest.raises(StackError, match=rf"{fact}.*breaker assumes it, riskpo breaks it"):
-        Stack([riskpo(**options), Breaker(assumed=fact)])
+    with pytest.raises(StackError, match=rf"{fact}.*other assumes it, riskpo breaks it"):
+        Stack([riskpo(**options), stand_in(assumes=[fact])])
 
 
 def test_what_is_not_divided_and_not_compared_by_response_breaks_nothing():
@@ -611,3 +591,16 @@ def test_quantiles_and_tail_are_reported():
     metrics = {name.rpartition("/")[2]: value for name, value in stack.metrics}
     assert metrics["score"] == pytest.approx(1) and metrics["tail"] == pytest.approx(0.25)
     assert metrics["quantile_down"] == pytest.approx(0.6) and metrics["quantile_up"] == pytest.approx(1.4)
+
+
+# what every plugin must do
+
+test_conformance = conformance(
+    "riskpo",
+    [
+        {"bundle_size": 2},
+        {"bundle_size": 2, "quantiles": "own", "credit": "sum-mean"},
+        {"bundle_size": 2, "permute": True, "sequence_ratio": True},
+    ],
+    unless={"permutation": "prompts fill bundles, and responses papers, in the order of the rows"},
+)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlplugins import Plugin, Stack, hookimpl
+from rlplugins import Stack
 from rlplugins.errors import ConfigurationError, HookError, StackError
-from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
+from rlplugins.testing import conformance, credit, loss_and_gradient, make_rollouts, stand_in, start
 from rlplugins.trainer import Trainer
 from rlplugins_stratified_grpo import StratifiedGrpo, blended, variances
 
@@ -342,39 +342,19 @@ def test_a_sample_std_of_one_response_is_not_nan():
 # needs, facts and claims
 
 
-class Other(Plugin):
-    """Breaks one fact, or assumes it."""
-
-    name = "other"
-    broken: str = ""
-    assumed: str = ""
-
-    @property
-    def breaks(self) -> frozenset[str]:
-        return frozenset({self.broken} - {""})
-
-    @property
-    def assumes(self) -> frozenset[str]:
-        return frozenset({self.assumed} - {""})
-
-    @hookimpl
-    def shape_advantages(self, advantages: Tensor) -> Tensor:
-        return advantages
-
-
 def test_refused_with_a_plugin_that_breaks_what_it_assumes():
     with pytest.raises(StackError, match=r"response_rewards.*stratified-grpo assumes it, other breaks it"):
-        Stack(["stratified-grpo", Other(broken="response_rewards")])
+        Stack(["stratified-grpo", stand_in(breaks=["response_rewards"])])
 
 
 @pytest.mark.parametrize(("alpha", "fact"), [(0.6, "reward_scale"), (1.0, "reward_scale"), (1.0, "equal_groups")])
 def test_refused_with_a_plugin_that_assumes_what_it_breaks(alpha, fact):
     with pytest.raises(StackError, match=rf"{fact}.*other assumes it, stratified-grpo breaks it"):
-        Stack([{"stratified-grpo": {"alpha": alpha}}, Other(assumed=fact)])
+        Stack([{"stratified-grpo": {"alpha": alpha}}, stand_in(assumes=[fact])])
 
 
 def test_the_blend_keeps_the_groups_of_the_prompts():
-    Stack(["stratified-grpo", Other(assumed="equal_groups")])
+    Stack(["stratified-grpo", stand_in(assumes=["equal_groups"])])
     assert made(REWARDS, GROUPS, STRATA).groups.tolist() == GROUPS
     assert len(made(REWARDS, GROUPS, STRATA, alpha=1.0).groups.unique()) == 4
 
@@ -466,3 +446,14 @@ def test_strata_are_reported():
     metrics = {name.rpartition("/")[2]: value for name, value in stack.metrics}
     assert metrics["strata"] == pytest.approx(2) and metrics["alone"] == pytest.approx(1 / 8)
     assert metrics["cross_stratum_bias"] == pytest.approx(0.03472222 * 6 / 8)
+
+
+# what every plugin must do
+
+
+def with_strata(rollouts):
+    rollouts["strata"] = rollouts.responses[:, 1] % 3
+    return rollouts
+
+
+test_conformance = conformance("stratified-grpo", [{}, {"alpha": 1.0}, {"ddof": 1}], rows=with_strata)
