@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlplugins import Plugin, Prompts, Requests, Rollouts, Sampling, Step, hookimpl, needs, ops
+from rlplugins import Pairs, Plugin, Prompts, Requests, Rollouts, Sampling, Step, hookimpl, needs, ops
 
 
 class Favour(Plugin):
@@ -327,14 +327,14 @@ class Whole(Plugin):
         return log_probs * batch.mask, None
 
 
-class KeepPairs(Plugin):
-    """Takes the pairs as they are."""
+class ShorterFirst(Plugin):
+    """Leaves out pairs whose preferred response is more than twice as long as the other."""
 
-    name = "keep-pairs"
+    name = "shorter-first"
 
     @hookimpl
-    def build_preferences(self, pairs: Any) -> Any:
-        return pairs
+    def build_preferences(self, pairs: Pairs) -> Pairs:
+        return pairs.select(pairs.chosen_mask.sum(1) <= 2 * pairs.rejected_mask.sum(1))
 
 
 class Hinge(Plugin):
@@ -344,10 +344,11 @@ class Hinge(Plugin):
 
     @hookimpl
     def preference_loss(
-        self, chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_mask: Tensor, rejected_mask: Tensor
-    ) -> Tensor:
-        margin = (chosen_log_probs * chosen_mask).sum(1) - (rejected_log_probs * rejected_mask).sum(1)
-        return (1 - margin).clamp(min=0)
+        self, chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_token_weights: Tensor,
+        rejected_token_weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        chosen = (chosen_log_probs * chosen_token_weights).sum(1)
+        return (1 - chosen + (rejected_log_probs * rejected_token_weights).sum(1)).clamp(min=0)
 
 
 class FollowPolicy(Plugin):
@@ -398,7 +399,7 @@ EXAMPLES: dict[str, type[Plugin]] = {
     "shape_advantages": TrustLess, "value_targets": ScoreTargets, "select_samples": StrongSignal,
     "select_tokens": Uncertain, "prepare_mini_batch": MeanAdvantage, "forward": Whole, "adapt_advantages": OnlyFresh,
     "clip_range": WiderWhenSure, "policy_loss": Plain, "kl_penalty": AbsoluteKl, "reduce_loss": PerThousand,
-    "auxiliary_loss": KeepOpen, "build_preferences": KeepPairs, "preference_loss": Hinge,
+    "auxiliary_loss": KeepOpen, "build_preferences": ShorterFirst, "preference_loss": Hinge,
     "reference_policy": FollowPolicy, "on_step_end": CountSolved, "on_validation": RememberBest,
 }  # fmt: skip
 """The example of each hook."""

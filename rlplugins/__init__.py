@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from rlplugins import needs, ops
+from rlplugins.pairs import Pairs
 from rlplugins.plugin import Plugin, hookimpl
 from rlplugins.rollouts import Prompts, Requests, Rollouts, Sampling
 from rlplugins.stack import Stack
@@ -12,6 +13,6 @@ from rlplugins.trainer import Trainer
 __version__ = version("rlplugins")
 
 __all__ = [
-    "Metrics", "Plugin", "Prompts", "Requests", "Rollouts", "Run", "Sampling", "Stack", "Step", "Trainer", "hookimpl",
+    "Metrics", "Pairs", "Plugin", "Prompts", "Requests", "Rollouts", "Run", "Sampling", "Stack", "Step", "Trainer", "hookimpl",
     "needs", "ops",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from rlplugins import needs, ops
 from rlplugins.errors import ConfigurationError
@@ -40,14 +41,17 @@ class Shuffled(Plugin):
     def choose_prompts(self, prompts: Prompts, prompt_weights: Tensor | None, count: int, step: Step) -> Tensor:
         if prompt_weights is not None:
             return weighted_draw(prompt_weights, count, step.generator(self))
-        size = len(prompts)
-        wanted = torch.arange(step.number * count, (step.number + 1) * count)
-        epochs, places = wanted // size, wanted % size
-        orders = {
-            int(epoch): torch.randperm(size, generator=generator(step.seed, "epoch", int(epoch)))
-            for epoch in epochs.unique()
-        }
-        return torch.stack([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
+        return shuffled(len(prompts), count, step.number, step.seed)
+
+
+def shuffled(size: int, count: int, step: int, seed: int) -> Tensor:
+    """The `count` positions of a step, (count,) int64: all of 0..size-1 once per epoch, in a new random order."""
+    wanted = torch.arange(step * count, (step + 1) * count)
+    epochs, places = wanted // size, wanted % size
+    orders = {
+        int(epoch): torch.randperm(size, generator=generator(seed, "epoch", int(epoch))) for epoch in epochs.unique()
+    }
+    return torch.stack([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
 
 
 def weighted_draw(weights: Tensor, count: int, source: torch.Generator) -> Tensor:
@@ -484,10 +488,14 @@ class K3(_Kl):
 
     name = "k3"
 
+    cut: Positive | None = None
+    """Largest value of a token, where it has no gradient; None: none."""
+
     @hookimpl
     def kl_penalty(self, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
         difference = (ref_log_probs - log_probs).clamp(-20, 20)
-        return self.coefficient * (difference.exp() - difference - 1)
+        penalty = difference.exp() - difference - 1
+        return self.coefficient * (penalty if self.cut is None else penalty.clamp(max=self.cut))
 
 
 class NoKl(Plugin):
@@ -534,6 +542,135 @@ class SequenceSum(Plugin):
         return (loss * loss_weights).sum() / (self.constant * batch.sample_weight)
 
 
+# preferences
+
+
+class _Pairwise(Plugin):
+    """Base of the losses on the difference of the implicit rewards, which are logged."""
+
+    beta: Positive = 0.1
+    """Factor on the log-ratios of policy and reference."""
+
+
+class Dpo(_Pairwise):
+    """-log sigmoid(z), z = beta (chosen - rejected log-ratio) (DPO, arXiv 2305.18290, equation 7)."""
+
+    name = "dpo"
+
+    @hookimpl
+    def preference_loss(
+        self, chosen_log_probs: Tensor, chosen_ref_log_probs: Tensor, chosen_token_weights: Tensor,
+        rejected_log_probs: Tensor, rejected_ref_log_probs: Tensor, rejected_token_weights: Tensor, batch: Any, log: Any,
+    ) -> Tensor:  # fmt: skip
+        chosen = self.beta * log_ratio(chosen_log_probs, chosen_ref_log_probs, chosen_token_weights)
+        rejected = self.beta * log_ratio(rejected_log_probs, rejected_ref_log_probs, rejected_token_weights)
+        log_implicit_rewards(log, chosen, rejected, batch.weights)
+        return softplus(rejected - chosen)
+
+
+class Cdpo(_Pairwise):
+    """DPO whose labels are wrong with a known probability: (1 - eps) A + eps B, A and B the losses of the two orders.
+
+    Conservative DPO (Mitchell, 2023, "A note on DPO with noisy preferences", equation 3).
+    """
+
+    name = "cdpo"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """eps, how often a label is wrong."""
+
+    @hookimpl
+    def preference_loss(
+        self, chosen_log_probs: Tensor, chosen_ref_log_probs: Tensor, chosen_token_weights: Tensor,
+        rejected_log_probs: Tensor, rejected_ref_log_probs: Tensor, rejected_token_weights: Tensor, batch: Any, log: Any,
+    ) -> Tensor:  # fmt: skip
+        chosen = self.beta * log_ratio(chosen_log_probs, chosen_ref_log_probs, chosen_token_weights)
+        rejected = self.beta * log_ratio(rejected_log_probs, rejected_ref_log_probs, rejected_token_weights)
+        log_implicit_rewards(log, chosen, rejected, batch.weights)
+        return torch.lerp(softplus(rejected - chosen), softplus(chosen - rejected), self.label_smoothing)
+
+
+class Ipo(_Pairwise):
+    """(h - 1 / (2 beta))^2, h the difference of the log-ratios (IPO, arXiv 2310.12036, equation 17)."""
+
+    name = "ipo"
+    per_token: bool = True
+    """Divide each log-ratio by its number of tokens, as the authors and TRL do; OpenRLHF does not."""
+
+    @hookimpl
+    def preference_loss(
+        self, chosen_log_probs: Tensor, chosen_ref_log_probs: Tensor, chosen_token_weights: Tensor,
+        rejected_log_probs: Tensor, rejected_ref_log_probs: Tensor, rejected_token_weights: Tensor, batch: Any, log: Any,
+    ) -> Tensor:  # fmt: skip
+        chosen = log_ratio(chosen_log_probs, chosen_ref_log_probs, chosen_token_weights, mean=self.per_token)
+        rejected = log_ratio(rejected_log_probs, rejected_ref_log_probs, rejected_token_weights, mean=self.per_token)
+        log_implicit_rewards(log, self.beta * chosen, self.beta * rejected, batch.weights)
+        return (chosen - rejected - 1 / (2 * self.beta)).square()
+
+
+class Simpo(Plugin):
+    """-log sigmoid(beta (chosen - rejected mean log-prob) - gamma), without a reference (SimPO, arXiv 2405.14734)."""
+
+    name = "simpo"
+    beta: Positive = 2.0
+    """Factor on the mean log-probs."""
+    gamma: NonNegative = 1.0
+    """Margin that the difference must exceed."""
+
+    @hookimpl
+    def preference_loss(
+        self, chosen_log_probs: Tensor, chosen_token_weights: Tensor, rejected_log_probs: Tensor,
+        rejected_token_weights: Tensor, batch: Any, log: Any,
+    ) -> Tensor:  # fmt: skip
+        chosen = self.beta * over_tokens(chosen_log_probs, chosen_token_weights, mean=True)
+        rejected = self.beta * over_tokens(rejected_log_probs, rejected_token_weights, mean=True)
+        log_implicit_rewards(log, chosen, rejected, batch.weights)
+        return softplus(rejected - chosen + self.gamma)
+
+
+def over_tokens(values: Tensor, token_weights: Tensor, mean: bool = False) -> Tensor:
+    """sum_t u x of each response (n,), or its mean sum_t u x / sum_t u (0 without tokens).
+
+    Args:
+        values: (n, T), 0 outside of the response.
+        token_weights: (n, T), u.
+        mean: divide by the sum of the weights.
+    """
+    total = (values * token_weights).sum(1)
+    return ops.safe_divide(total, token_weights.sum(1)) if mean else total
+
+
+def log_ratio(log_probs: Tensor, ref_log_probs: Tensor, token_weights: Tensor, mean: bool = False) -> Tensor:
+    """Log of policy over reference of each response, (n,): the sum over its tokens, or the mean."""
+    return over_tokens(log_probs - ref_log_probs, token_weights, mean)
+
+
+def log_implicit_rewards(log: Callable[..., None], chosen: Tensor, rejected: Tensor, weights: Tensor) -> None:
+    """Log what the two sides are worth to the policy, (n,) each, averaged over pairs with weights (n, 1)."""
+    total = weights.sum()
+    for name, rewards in (("chosen_reward", chosen), ("rejected_reward", rejected)):
+        log(name, ops.safe_divide((rewards.detach() * weights[:, 0]).sum(), total), total)
+
+
+class NllOnChosen(Plugin):
+    """Adds the negative log-likelihood of the chosen responses, a mean over tokens and then over pairs.
+
+    The term of "Iterative reasoning preference optimization" (arXiv 2404.19733) and of Llama 3.1.
+    """
+
+    name = "nll"
+    coefficient: NonNegative
+    """Factor on it."""
+
+    @hookimpl
+    def auxiliary_loss(
+        self, chosen_log_probs: Tensor, chosen_token_weights: Tensor, weights: Tensor, batch: Any, log: Any
+    ) -> Tensor:
+        nll = -over_tokens(chosen_log_probs, chosen_token_weights, mean=True)
+        total = weights.sum()
+        log("nll", ops.safe_divide((nll.detach() * weights[:, 0]).sum(), total), total)
+        return self.coefficient * (nll * weights[:, 0]).sum() / batch.sample_weight
+
+
 class Initial(Plugin):
     """The reference is the policy that the run started with."""
 
@@ -558,6 +695,7 @@ BUILTINS: dict[str, dict[str, type[Plugin]]] = {
     "policy_loss": {"ppo_clip": PpoClip, "gspo": Gspo, "cispo": Cispo, "reinforce": Reinforce},
     "kl_penalty": {"none": NoKl, "k1": K1, "k2": K2, "k3": K3},
     "reduce_loss": {"token_mean": TokenMean, "sequence_mean": SequenceMean, "sequence_sum": SequenceSum},
+    "preference_loss": {"dpo": Dpo, "cdpo": Cdpo, "ipo": Ipo, "simpo": Simpo},
     "reference_policy": {"initial": Initial},
 }
 """Built-ins by hook and name. The first of a hook decides where neither a plugin nor the trainer says another."""
@@ -606,7 +744,7 @@ class Rloo(Plugin):
     needs = (needs.group_size(at_least=2),)
 
 
-EXTRAS: dict[str, type[Plugin]] = {"entropy_bonus": EntropyBonus}
+EXTRAS: dict[str, type[Plugin]] = {"entropy_bonus": EntropyBonus, "nll": NllOnChosen}
 """What a trainer's settings add to a stack, by name."""
 
 METHODS: dict[str, type[Plugin]] = {

@@ -1,8 +1,8 @@
 """The hooks of rlplugins, specification version 1.
 
 B responses in the step, T response tokens (right-padded), P prompts in the pool, M prompts in the step, K reward
-components, N segments with a reward of their own. Hooks run in the order of this file. A hook takes by name only what
-it needs. Every hook may also take
+components, N segments with a reward of their own, n pairs of preference training. Hooks run in the order of this file. A
+hook takes by name only what it needs. Every hook may also take
 
     step   the `Step`: number, total_steps, shared values, `step.generator(self)`; in the update phase `batch` instead
     log    `log(name, value, weight=1.0)`: a metric `rlplugins/<plugin>/<name>`, averaged over batches and ranks
@@ -31,6 +31,7 @@ import pluggy
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from rlplugins.pairs import Pairs
     from rlplugins.rollouts import Prompts, Requests, Rollouts, Sampling
     from rlplugins.services import Engine
     from rlplugins.steps import Step
@@ -308,26 +309,38 @@ def reduce_loss(
 @_hook("update", Rule.SUM, "auxiliary")
 def auxiliary_loss(
     log_probs: Tensor, old_log_probs: Tensor, ratio: Tensor, entropy: Tensor, advantages: Tensor, mask: Tensor,
-    groups: Tensor, segments: Tensor, loss_weights: Tensor, weights: Tensor, token_weights: Tensor, batch: Batch,
-    log: Log,
+    groups: Tensor, segments: Tensor, loss_weights: Tensor, weights: Tensor, token_weights: Tensor,
+    chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_ref_log_probs: Tensor, rejected_ref_log_probs: Tensor,
+    chosen_mask: Tensor, rejected_mask: Tensor, chosen_token_weights: Tensor, rejected_token_weights: Tensor,
+    batch: Batch, log: Log,
 ) -> Tensor:  # fmt: skip
-    """This micro-batch's part of a further scalar loss, divided by a sum over the mini-batch (SFT, entropy, ...)."""
+    """This micro-batch's part of a further scalar loss, divided by a sum over the mini-batch (SFT, entropy, ...).
+
+    In preference training it takes what `preference_loss` does, and `weights` (n, 1) of the pairs.
+    """
 
 
-# preferences: pairs or ranked lists
+# preferences: training on pairs of responses from a file, instead of all of the above but what acts on the update
 
 
 @_hook("preferences", Rule.CHAIN, "pairs")
-def build_preferences(pairs: Any, step: Step, log: Log) -> Any:
-    """Pairs or ranked lists to train on."""
+def build_preferences(pairs: Pairs, step: Step, log: Log) -> Pairs:
+    """The step's pairs with some left out, sides exchanged, weights of pairs (n, 1) or tokens (n, T), or new columns.
+
+    Before the reference's log-probs are computed. A weight says how often a pair or token counts.
+    """
 
 
-@_hook("preferences", Rule.OWNER, "preference_loss")
+@_hook("preferences", Rule.OWNER, "preference_loss", mixes=True)
 def preference_loss(
     chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_ref_log_probs: Tensor, rejected_ref_log_probs: Tensor,
-    chosen_mask: Tensor, rejected_mask: Tensor, batch: Any, log: Log,
+    chosen_mask: Tensor, rejected_mask: Tensor, chosen_token_weights: Tensor, rejected_token_weights: Tensor,
+    batch: Batch, log: Log,
 ) -> Tensor:  # fmt: skip
-    """Loss per pair or list, (B,), from the per-token columns (B, T) of both sides; its mean over the mini-batch is taken."""
+    """Loss per pair, (n,), from the per-token columns (n, T) of both sides; its weighted mean over the mini-batch is taken.
+
+    Without `*_ref_log_probs` among the arguments of a stack's hooks there is no reference and no pass of it.
+    """
 
 
 # models
@@ -368,9 +381,10 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         "baseline": "(B, 1) or (B, N) float, what the owner of `baseline` gave",
         "batch": "`Batch`: `batch[column]`, `batch.shared[name]`, `batch.sum(x)` (in `prepare_mini_batch` only)",
         "budget": "int, responses of the step together",
-        "chosen_log_probs": "(B, T) float32 with gradient, of the chosen responses",
-        "chosen_mask": "(B, T) bool, tokens of the chosen responses",
-        "chosen_ref_log_probs": "(B, T) float32, of the chosen responses under the reference",
+        "chosen_log_probs": "(n, T) float32 with gradient, of the chosen responses; 0 outside of their tokens",
+        "chosen_mask": "(n, T) bool, tokens of the chosen responses",
+        "chosen_ref_log_probs": "(n, T) float32, of the chosen responses under the reference; 0 outside of their tokens",
+        "chosen_token_weights": "(n, T) float, u m: how often each token of the chosen responses counts; 1 unless weighed",
         "clip": "pair of lower and upper bound of the ratio: numbers, (B, 1) or (B, T)",
         "components": "(B, K) float, parts of the score; the score itself where the reward function gives one number",
         "count": "int M, how many prompts the step trains on",
@@ -388,14 +402,15 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         "model": "the trainer's model",
         "numbers": "per name (N,) or (N, k), as `sampling_params` set them for each request",
         "old_log_probs": "(B, T) float32, under the weights at the start of the step's update",
-        "pairs": "pairs or ranked lists so far",
+        "pairs": "`Pairs`, the step's pairs with their data columns, as the plugins before made them",
         "prompt_weights": "(P,) float, product of what the plugins gave; None if none did",
         "prompts": "`Prompts`: the pool (P), or the chosen ones (M) in `allocate_rollouts`",
         "ratio": "(B, T) float, exp(clamp(log_probs - old_log_probs, -20, 20))",
         "ref_log_probs": "(B, T) float32, under the reference policy",
-        "rejected_log_probs": "(B, T) float32 with gradient, of the rejected responses",
-        "rejected_mask": "(B, T) bool, tokens of the rejected responses",
-        "rejected_ref_log_probs": "(B, T) float32, of the rejected responses under the reference",
+        "rejected_log_probs": "(n, T) float32 with gradient, of the rejected responses; 0 outside of their tokens",
+        "rejected_mask": "(n, T) bool, tokens of the rejected responses",
+        "rejected_ref_log_probs": "(n, T) float32, of the rejected responses under the reference; 0 outside of their tokens",
+        "rejected_token_weights": "(n, T) float, u m: how often each token of the rejected responses counts; 1 unless weighed",
         "requests": "`Requests`, one row per response to draw",
         "rewards": "(B, 1), (B, N) or (B, T) float, what `combine_rewards` and the chain after it made",
         "rollouts": "`Rollouts`, all rows; a column that costs a pass must be declared",
@@ -407,7 +422,7 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         "temperature": "float, of the trainer",
         "token_weights": "(B, T) float, u; (B, 1) of ones where no plugin weighs tokens",
         "values": "(B, T) float32, of the critic",
-        "weights": "(B, 1) float, w; ones where no plugin weighs responses",
+        "weights": "(B, 1) float, w, ones where no plugin weighs responses; (n, 1) of pairs",
     }
 )
 """What every argument of a hook is."""

@@ -13,7 +13,16 @@ from rlplugins import needs
 from rlplugins.defaults import BUILTINS
 from rlplugins.errors import Violation
 from rlplugins.hookspecs import HOOKS, Rule
-from rlplugins.plan import ADVANTAGE_HOOKS, Implementation, Owner, Plan, argument_needs
+from rlplugins.plan import (
+    ADVANTAGE_HOOKS,
+    Claim,
+    Implementation,
+    Owner,
+    Plan,
+    argument_needs,
+    objective_of,
+    objective_of_implementation,
+)
 from rlplugins.rollouts import POLICY
 from rlplugins.trainer import Trainer
 
@@ -33,7 +42,7 @@ FACTS = {
 def violations(plan: Plan, allow: Iterable[str]) -> list[Violation]:
     """Everything that makes the plan illegal."""
     allowed = set(allow)
-    found = [*plan.violations, *_flow(plan), *_needs(plan), *_facts(plan, allowed)]
+    found = [*plan.violations, *_flow(plan), *_objective(plan), *_needs(plan), *_facts(plan, allowed)]
     for name in sorted(allowed - set(FACTS)):
         found.append(Violation("facts", f"allow: {name!r} is not a fact; the facts are: {', '.join(FACTS)}"))
     return found
@@ -47,6 +56,8 @@ def _flow(plan: Plan) -> list[Violation]:
     found = []
     for claim in plan.claims:
         hook = claim.implementation.hook
+        if objective_of_implementation(claim.implementation) not in (None, plan.objective):
+            continue
         if any(claim.same_as(item) for item in running):
             unread = hook not in live
         else:  # settled by an `owners:` line, unless that line was about the whole method of computing advantages
@@ -82,6 +93,25 @@ def _parts(item: Implementation) -> list[str]:
 def _parts_of_a_mix(item: Implementation) -> Violation:
     problem = f"{item} takes `{_parts(item)[0]}`, but of the several methods that are mixed each has its own"
     return Violation("flow", problem, (f"off: [{item}]",))
+
+
+def _objective(plan: Plan) -> list[Violation]:
+    """Claims of hooks that the other kind of training calls."""
+    kinds = {claim: objective_of_implementation(claim.implementation) for claim in plan.claims}
+    mine = ", ".join(dict.fromkeys(claim.by for claim, kind in kinds.items() if kind == plan.objective))
+    who = f"the stack ({mine})" if mine else plan.trainer.name if plan.trainer else "the stack"
+    other: dict[str, list[Claim]] = {}
+    for claim, kind in kinds.items():
+        if kind not in (None, plan.objective):
+            other.setdefault(claim.by, []).append(claim)
+    found = []
+    for by, claims in other.items():
+        hooks = ", ".join(dict.fromkeys(claim.implementation.hook for claim in claims))
+        kind = kinds[claims[0]]
+        remedy = plan.trainer.remedies.get(str(kind), "") if plan.trainer else ""
+        problem = f"{who} trains on {plan.objective} here, but {by} is for {kind}: nobody calls its {hooks}"
+        found.append(Violation("flow", problem + _also(remedy)))
+    return found
 
 
 def _unread(plan: Plan, by: str, hook: str) -> Violation:
@@ -137,7 +167,7 @@ def _needs(plan: Plan) -> list[Violation]:
             )
         )
     for hook in HOOKS:
-        if plan.claimed(hook) and hook not in trainer.binds:
+        if plan.claimed(hook) and hook not in trainer.binds and objective_of(hook) in (None, plan.objective):
             names = ", ".join(dict.fromkeys(item.plugin.name for item in plan.running(hook)))
             problem = f"{trainer.name} cannot call {hook}, which {names} implements"
             found.append(Violation("needs", problem, _off(plan, {hook: plan.running(hook)})))

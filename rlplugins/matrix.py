@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -43,9 +44,28 @@ def pairs(names: Iterable[str], trainer: Trainer | None = None) -> list[Pair]:
     usable = [name for name in names if all(not _required(registry.find(name), option) for option in _options(name))]
     found = []
     for first, second in combinations(usable, 2):
-        plan = resolve([registry.find(first)(), registry.find(second)()], trainer, {}, ())
-        found.append(Pair(first, second, tuple(legality.violations(plan, ()))))
+        found.append(Pair(first, second, tuple(_violations([first, second], trainer))))
     return found
+
+
+def covering(found: Iterable[Pair], trainer: Trainer | None = None) -> list[list[str]]:
+    """Legal stacks, as large as they come, that together hold every pair that runs."""
+    left = {(pair.first, pair.second) for pair in found if pair.runs}
+    stacks = []
+    while left:
+        stack = list(min(left))
+        partners = Counter(name for pair in left for name in pair)
+        for name, _ in sorted(partners.items(), key=lambda item: (-item[1], item[0])):
+            new = {(min(name, other), max(name, other)) for other in stack} & left
+            if name not in stack and new and not _violations(sorted([*stack, name]), trainer):
+                stack.append(name)
+        stacks.append(sorted(stack))
+        left -= set(combinations(sorted(stack), 2))
+    return stacks
+
+
+def _violations(names: Sequence[str], trainer: Trainer | None) -> list[Violation]:
+    return legality.violations(resolve([registry.find(name)() for name in names], trainer, {}, ()), ())
 
 
 def _options(name: str) -> list[str]:

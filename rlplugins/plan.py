@@ -12,6 +12,7 @@ from rlplugins import hookspecs, needs, registry
 from rlplugins.defaults import BUILTINS, METHODS
 from rlplugins.errors import ConfigurationError, Violation
 from rlplugins.hookspecs import HOOKS, PROJECT, Rule
+from rlplugins.pairs import SIDES
 from rlplugins.plugin import BuiltinName, Plugin
 from rlplugins.rollouts import DECLARED, POLICY
 from rlplugins.trainer import Trainer
@@ -56,6 +57,29 @@ class Claim:
         if name == self.by:
             return name
         return repr(self.implementation.plugin).removesuffix("()") + (f", used by {self.by}" if self.by else "")
+
+
+REWARDS, PREFERENCES = "rewards", "preferences"
+"""What a run trains on: responses that it draws and scores, or pairs of a file."""
+
+_OF_BOTH = frozenset({"prepare_mini_batch", "forward", "auxiliary_loss", "reference_policy", "on_validation"})
+"""Hooks that run in both kinds of training."""
+
+PAIR_ARGUMENTS = frozenset(name for name in HOOKS["preference_loss"].arguments if name.startswith(SIDES))
+
+
+def objective_of(hook: str) -> str | None:
+    """What a run that calls this hook trains on; None: either."""
+    return None if hook in _OF_BOTH else PREFERENCES if HOOKS[hook].phase == "preferences" else REWARDS
+
+
+def objective_of_implementation(item: Implementation) -> str | None:
+    """The same for an implementation, which by its arguments may be for one of the two only."""
+    if item.hook != "auxiliary_loss":
+        return objective_of(item.hook)
+    if PAIR_ARGUMENTS & set(item.arguments):
+        return PREFERENCES
+    return REWARDS if set(item.arguments) - {"weights", "batch", "log"} else None
 
 
 _EFFECTS = frozenset(
@@ -105,6 +129,16 @@ class Plan:
     claims: list[Claim] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
     named: list[Plugin] = field(default_factory=list)
+
+    @property
+    def objective(self) -> str:
+        """`preferences` or `rewards`: the only one that the trainer calls hooks of, else what a plugin or `owners:` is for."""
+        binds = self.trainer.binds if self.trainer else frozenset(HOOKS)
+        if "preference_loss" in binds and "policy_loss" in binds:
+            found = {objective_of_implementation(claim.implementation) for claim in self.claims}
+            found |= {objective_of(hook) for hook in self.settled}
+            return PREFERENCES if PREFERENCES in found else REWARDS
+        return PREFERENCES if "preference_loss" in binds else REWARDS
 
     def running(self, hook: str) -> list[Implementation]:
         """Every implementation of the hook that runs, wrappers included."""
@@ -180,6 +214,8 @@ def argument_needs(item: Implementation) -> list[needs.Need]:
             found.append(needs.CURRENT_ENTROPY)
         elif name in DECLARED and name != "components":
             found.append(needs.column(name))
+        elif name in PAIR_ARGUMENTS and name.endswith("_ref_log_probs"):
+            found.append(needs.column("ref_log_probs"))
     return found
 
 
@@ -325,7 +361,7 @@ class _Resolver:
         return default if isinstance(wanted, str) and isinstance(default, Mapping) and wanted in default else wanted
 
     def _default(self, hook: str) -> Owner | None:
-        if hook not in BUILTINS:
+        if hook not in BUILTINS or objective_of(hook) not in (None, self.plan.objective):
             return None
         wanted = self.defaults.get(hook, next(iter(BUILTINS[hook])))
         if hook == "value_targets":  # as the estimator that is used

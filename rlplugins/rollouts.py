@@ -36,6 +36,26 @@ def take(column: Column, index: Tensor) -> Column:
     return [column[row] for row in rows.tolist()]
 
 
+def as_column(values: list[Any]) -> Column:
+    """Numbers as a tensor, everything else as it is."""
+    kinds = {type(value) for value in values}
+    if kinds == {bool} or (kinds == {int} and all(-(2**63) <= value < 2**63 for value in values)):
+        return torch.tensor(values)
+    if kinds and kinds <= {int, float}:
+        return torch.tensor(values, dtype=torch.float32)
+    return values
+
+
+def written_column(values: list[Any]) -> Column:
+    """A column that a hook wrote on the requests, from `column.tolist()`: lists of k numbers as (B, k)."""
+    sizes = {len(value) if isinstance(value, list | tuple) else 0 for value in values}
+    if len(sizes) == 1 and 0 not in sizes:
+        numbers = as_column([number for value in values for number in value])
+        if isinstance(numbers, Tensor):
+            return numbers.view(len(values), -1)
+    return as_column(values)
+
+
 class Columns(MutableMapping[str, Column]):
     """Free columns by name. `written`: those that plugins added in this step, which travel to the update."""
 
@@ -104,6 +124,13 @@ class Prompts:
     def __getitem__(self, name: str) -> Column:
         """The column `name`."""
         return self.columns[name]
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """Where the prompts with these rows of the prompt table stand, (M,) int64; -1: not among these prompts."""
+        place = torch.full((len(self.table) + 1,), -1)
+        place[self.rows] = torch.arange(len(self))
+        place[-1] = -1  # row -1, outside of the pool
+        return place[rows.cpu()]
 
     def select(self, index: Tensor) -> Prompts:
         """The prompts at positions `index` (int64), in that order."""

@@ -17,14 +17,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from rlplugins import legality, ops, registry, state
+from rlplugins import curriculum, legality, ops, registry, state
 from rlplugins.defaults import Response
 from rlplugins.dispatch import Scope, call, expect, expect_finite, wrapped
 from rlplugins.errors import ConfigurationError, HookError, StackError, StateError
 from rlplugins.files import read_yaml
 from rlplugins.hookspecs import HOOKS, STATEFUL, VERSION
+from rlplugins.pairs import SIDES, Pairs
 from rlplugins.plan import Implementation, Method, Owner, Plan, resolve
 from rlplugins.plugin import Plugin, State
+from rlplugins.preferences import PairMiniBatch
 from rlplugins.registry import Entry
 from rlplugins.rollouts import POLICY, Column, Columns, Prompts, ReadGuard, Requests, Rollouts, Sampling, concatenate
 from rlplugins.services import Engine
@@ -122,6 +124,7 @@ class Stack:
         self._running: _Running | None = None
         self._table = PromptTable()
         self._pool: Prompts | None = None
+        self._categories: curriculum.Categories | None = None
 
     # making
 
@@ -270,6 +273,8 @@ class Stack:
             if not bool((weights > 0).any()):
                 names = ", ".join(item.plugin.name for item in self.plan.running("prompt_weights"))
                 raise HookError(names, "prompt_weights", "no prompt of the pool has a weight above 0")
+            self._categories = self._categories or curriculum.Categories(pool)
+            curriculum.log_weights(self.metrics, weights, self._categories)
 
         def positions(item: Implementation, value: Any) -> Tensor:
             chosen = expect(item, value, [(count,)])
@@ -647,6 +652,58 @@ class Stack:
         """Whether `mini_batch` must be given the current log-probs of all its rows."""
         return self.needs("mini_batch_log_probs")
 
+    # preferences
+
+    def build_preferences(self, pairs: Pairs) -> Pairs:
+        """The step's pairs as every plugin has changed them."""
+        if not self.plan.running("build_preferences"):
+            return pairs
+
+        def checked(item: Implementation, before: Any, after: Any) -> Pairs:
+            if not isinstance(after, Pairs):
+                raise HookError(item.plugin.name, item.hook, f"returned {type(after).__name__}, not Pairs")
+            for name in ("weights", *(f"{side}_token_weights" for side in SIDES)):
+                weights = getattr(after, name)
+                if weights is not None:
+                    expect(item, weights, [(len(after), 1) if name == "weights" else tuple(after.chosen_mask.shape)])
+                    if not bool(((weights >= 0) & (weights < torch.inf)).all()):
+                        raise HookError(item.plugin.name, item.hook, f"{name} must be finite and >= 0")
+            return after.guarded(None)
+
+        def combine() -> Pairs:
+            built = pairs
+            for item in self.plan.lists.get("build_preferences", []):
+                scope.renew("pairs", self._guarded_pairs(built))
+                built = checked(item, built, call(item, scope))
+            return built
+
+        scope = self._scope({})
+        scope.renew("pairs", self._guarded_pairs(pairs))
+        return self._wrapped("build_preferences", scope, combine, checked)
+
+    def _guarded_pairs(self, pairs: Pairs) -> Callable[[str], Pairs]:
+        return lambda plugin: pairs.guarded(self._guards[plugin])
+
+    def pair_columns(self, pairs: Pairs) -> dict[str, Column]:
+        """The columns that the update needs: the frame's, those that its hooks declared, those that plugins wrote."""
+        names = ("chosen_mask", "rejected_mask", "weights", "chosen_token_weights", "rejected_token_weights")
+        columns = {name: getattr(pairs, name) for name in names if getattr(pairs, name) is not None}
+        wanted = pairs.columns.written | {name for guard in self._guards.values() for name in guard.declared}
+        return columns | {name: pairs.columns[name] for name in sorted(wanted & set(pairs.columns))}
+
+    def pair_mini_batch(
+        self,
+        columns: Mapping[str, Column],
+        shared: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        reduce: Reducer | None = None,
+        metrics: Metrics | None = None,
+    ) -> PairMiniBatch:
+        """Open a mini-batch of pairs on this rank; see `PairMiniBatch`."""
+        if shared is None:
+            shared = self.step.shared_by_all() if self._running else {}
+        return PairMiniBatch(self.plan, self._guards, columns, shared, reduce, metrics or self.metrics)
+
     # life
 
     def reference_policy(self) -> str:
@@ -669,6 +726,7 @@ class Stack:
         values = _life_columns(everything, credit, rows, more)
         scope = self._row_scope(everything, values | {"engine": engine, "scores": everything.scores})
         self._everyone("on_step_end", scope)
+        curriculum.log_rollouts(self.metrics, everything, self._table, len(self._pool or ()))
         rows_seen = everything.prompt_rows[everything.of_kind(POLICY)]
         self._table.visit(rows_seen.cpu(), self.step.number)
 
@@ -694,9 +752,7 @@ class Stack:
             StateError: if it belongs to another stack or another version of a plugin's state.
         """
         states, notes, table = state.load(Path(folder))
-        mine = {plugin.name: plugin.state_version for plugin in self.plugins}
-        if notes["plugins"] != mine:
-            raise StateError(_difference(Path(folder), notes["plugins"], mine))
+        self._expect_own(Path(folder), notes)
         self._table.restore(table)
         if self._pool is not None:
             self._pool.rows = self._table.resolve(self._pool.keys)
@@ -709,6 +765,19 @@ class Stack:
                 )
             object.__setattr__(plugin, "state", State(saved))
         return int(notes["step"])
+
+    def check_state(self, folder: Path | str) -> None:
+        """Raise what `load` would, as far as it shows before `start`.
+
+        Raises:
+            StateError: if it belongs to another stack or another version of a plugin's state.
+        """
+        self._expect_own(Path(folder), state.load(Path(folder))[1])
+
+    def _expect_own(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        mine = {plugin.name: plugin.state_version for plugin in self.plugins}
+        if notes["plugins"] != mine:
+            raise StateError(_difference(folder, notes["plugins"], mine))
 
     # calling
 

@@ -76,10 +76,15 @@ class PromptTable:
 
     Rows are numbered in the order in which keys were first seen and never change. Column names carry their owner:
     `<plugin>/<name>`; the run's own are `visits` and `last_step`.
+
+    Attributes:
+        size: number of prompts.
+        seen: number of those that were visited.
     """
 
     def __init__(self) -> None:
         self.size = 0
+        self.seen = 0
         self._sorted_keys = torch.zeros(0, dtype=torch.int64)
         self._sorted_rows = torch.zeros(0, dtype=torch.int64)
         self._columns: dict[str, Tensor] = {}
@@ -97,6 +102,10 @@ class PromptTable:
     def __getitem__(self, name: str) -> Tensor:
         """The column `name` (P, ...), a view: what is written to it is remembered."""
         return self._columns[name][: self.size]
+
+    def scalars(self) -> list[str]:
+        """Names of the columns with one number per prompt."""
+        return list(self._columns)
 
     def ragged(self, name: str) -> RaggedColumn:
         """The ragged column `name`."""
@@ -145,7 +154,9 @@ class PromptTable:
         """Count one visit of each of the prompts `rows` (each prompt once per step, however often it is named)."""
         known = rows[rows >= 0]
         unseen = known[self._columns["last_step"][known] != step].unique()
-        self._columns["visits"][unseen] += 1
+        visits = self._columns["visits"][unseen] + 1
+        self.seen += int((visits == 1).sum())
+        self._columns["visits"][unseen] = visits
         self._columns["last_step"][unseen] = step
 
     def restore(self, saved: PromptTable) -> None:
@@ -187,6 +198,7 @@ class PromptTable:
                 table._sorted_rows = file.get_tensor("rows")
                 table.size = len(table._sorted_keys)
                 table._columns = {name: file.get_tensor(f"column/{name}") for name in table._defaults}
+                table.seen = int(table._columns["visits"].count_nonzero())
                 for name in [key.removeprefix("flat/") for key in file.keys() if key.startswith("flat/")]:  # noqa: SIM118
                     ragged = RaggedColumn(torch.float32)
                     ragged.flat = file.get_tensor(f"flat/{name}")

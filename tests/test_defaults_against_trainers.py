@@ -6,6 +6,7 @@ and compares where both agree: groups of one, responses without tokens, the boun
 
 import importlib
 import importlib.util
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 
 from rlplugins import Plugin, hookimpl, needs
 from rlplugins.plugin import BuiltinName
+from rlplugins.registry import make_builtin
 from rlplugins.rollouts import Rollouts
 from rlplugins.stack import Stack
 from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
@@ -332,14 +334,20 @@ def test_kl_estimators_and_reductions_are_verls(verl, seed, reduction, estimator
     same_loss(ours, with_gradient(theirs, log_probs), case)
 
 
-def test_k3_is_not_cut_off_at_10_as_in_verl(verl):
+@pytest.mark.parametrize(("cut", "value"), [(10.0, 10.0), (None, math.exp(4) - 5)])
+def test_k3_is_cut_off_as_in_verl_only_if_asked(verl, cut, value):
     case = make_case(3)
-    stack = start([Given()], trainer=trainer(kl_penalty={"k3": {"coefficient": 1.0}}), off=["given.compute_advantages"])
-    mini = stack.mini_batch(stack.update_columns(case.rollouts, stack.credit(case.rollouts)))
-    far = case.rollouts.ref_log_probs - 4
+    given = trainer(kl_penalty={"k3": {"coefficient": 1.0, "cut": cut}})
+    mini = start([Given()], trainer=given, off=["given.compute_advantages"])
+    mini = mini.mini_batch(mini.update_columns(case.rollouts, mini.credit(case.rollouts)))
+    far = (case.rollouts.ref_log_probs - 4).requires_grad_()
+    ours = mini.loss(far).kl
+    agree(ours, torch.tensor(value, dtype=torch.float64))
     theirs = verl.agg_loss(verl.kl_penalty(far, case.rollouts.ref_log_probs, "k3"), case.mask, "token-mean")
     agree(theirs, torch.tensor(10.0))
-    agree(mini.loss(far).kl, torch.tensor(4.0).double().exp() - 5)
+    own = make_builtin("kl_penalty", {"k3": {"cut": cut}}).kl_penalty(far, case.rollouts.ref_log_probs).sum()
+    slopes = [torch.autograd.grad(loss, far)[0].abs().max() for loss in (theirs, own)]
+    assert slopes[0] == 0 and (slopes[1] == 0) == (cut is not None)
 
 
 @random_input

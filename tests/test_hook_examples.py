@@ -10,8 +10,10 @@ import torch
 
 from rlplugins import Requests, Sampling, Stack
 from rlplugins.hookspecs import HOOKS
+from rlplugins.pairs import SIDES
 from rlplugins.stack import Credit
 from rlplugins.testing import make_pool, make_rollouts, start
+from rlplugins.testing.pairs import make_pairs
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _specification = importlib.util.spec_from_file_location("hook_examples", DOCS / "hook_examples.py")
@@ -84,3 +86,18 @@ def test_the_example_runs_and_has_an_effect(hook: str) -> None:
         hook in ("process_logits", "reference_policy"),  # seen by the engine and by the next reference only
     ]
     assert any(changed), "the example does nothing"
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if HOOKS[hook].phase == "preferences"])
+def test_the_example_changes_the_loss_on_pairs(hook: str) -> None:
+    pairs = make_pairs([4, 1, 3], [1, 2, 3])
+    torch.manual_seed(0)
+    log_probs, reference = ({side: -torch.rand(3, 4) for side in SIDES} for _ in range(2))
+    losses = []
+    for plugins in ([examples.EXAMPLES[hook]()], []):
+        stack = start(plugins, owners={"preference_loss": "dpo"} if hook == "build_preferences" or not plugins else {})
+        columns = stack.pair_columns(stack.build_preferences(pairs))
+        rows = torch.arange(3) if len(columns["chosen_mask"]) == 3 else torch.tensor([1, 2])
+        columns |= {f"{side}_ref_log_probs": reference[side][rows] for side in SIDES}
+        losses.append(stack.pair_mini_batch(columns).loss(*(log_probs[side][rows] for side in SIDES)).total)
+    assert not torch.equal(*losses)

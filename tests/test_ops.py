@@ -147,3 +147,28 @@ def test_division_by_zero_is_zero() -> None:
     upper = torch.ones(2, requires_grad=True)
     ops.safe_divide(upper, torch.tensor([0.0, 4.0])).sum().backward()
     assert upper.grad.tolist() == [0, 0.25]
+
+
+@QUICK
+@given(first=st.lists(st.integers(-1, 4), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_rows_are_joined_by_either_number_and_through_others(first: list[int], seed: int) -> None:
+    one = torch.tensor(first)
+    two = torch.randint(-1, 5, (len(first),), generator=torch.Generator().manual_seed(seed))
+    near = torch.eye(len(first), dtype=torch.bool)
+    for part in (one, two):
+        near |= (part[:, None] == part) & (part >= 0)
+    reached = torch.matrix_power(near.double(), len(first)) > 0  # in at most so many steps from row to row
+    assert ops.joined(one, two).tolist() == reached.int().argmax(1).tolist()
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 16, 64, 1000, 2040, 2048, 2056, 4096, 4104])
+@pytest.mark.parametrize("offset", [0, 3, 8])
+def test_tokens_are_counted_whatever_the_width_and_where_the_rows_stand(width: int, offset: int) -> None:
+    flat = torch.ones(8 + offset + 3 * width, dtype=torch.bool)
+    flat[offset : offset + width : 3] = False
+    mask = flat[offset:-8].view(3, width)
+    counts = ops.lengths(mask)
+    assert counts.dtype == torch.float32 and counts.shape == (3, 1)
+    assert counts.flatten().tolist() == [sum(row) for row in mask.tolist()] == [width - -(-width // 3), width, width]
+    assert ops.lengths(mask[:0]).shape == (0, 1)
+    assert ops.lengths(flat.view(1, -1)[:, :8]).item() == sum(flat[:8].tolist())

@@ -34,7 +34,7 @@ from rlplugins.report.table import SummaryTable
 
 Status = Literal["finished", "unfinished", "failed", "waiting"]
 
-HEADLINES = ("reward", "validation/reward", "response_length", "entropy")
+HEADLINES = ("reward", "validation/reward", "accuracy", "validation/accuracy", "margin", "response_length", "entropy")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from rlplugins.errors import ConfigurationError
+from rlplugins.plan import PREFERENCES, REWARDS
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -23,10 +24,12 @@ class TrainConfig(BaseModel):
 
     model: Path
     """Folder of a Hugging Face causal language model with its tokenizer."""
-    data: Path
+    data: Path | None = None
     """Prompt file: JSONL with a `prompt` per line, and any further fields."""
-    reward: str
+    reward: str | None = None
     """Reward function, `module:function` or `file.py:function`."""
+    pairs: Path | None = None
+    """Instead of data and reward: JSONL with `prompt`, `chosen` and `rejected` per line, and any further fields."""
     output: Path = Path("runs/train")
     """Folder for metrics, checkpoints and logs."""
     resume: bool = False
@@ -35,7 +38,7 @@ class TrainConfig(BaseModel):
     steps: PositiveInt = 100
     """Number of steps."""
     batch_size: PositiveInt = 256
-    """Responses per step."""
+    """Responses (of a pairs file: pairs) per step."""
     group_size: PositiveInt | None = None
     """Responses per prompt; by default 8, or what the stack needs."""
     mini_batches: PositiveInt = 1
@@ -43,7 +46,7 @@ class TrainConfig(BaseModel):
     epochs: PositiveInt = 1
     """Passes over the batch; with more than one, updates are off-policy."""
     micro_batch_size: PositiveInt | None = None
-    """Rows per forward pass; by default as many as fill 16,384 tokens."""
+    """Responses (or pairs) per forward pass; by default as many as fill 16,384 tokens."""
     generation_batch_size: PositiveInt | None = None
     """Rows that are generated at a time; by default all."""
 
@@ -84,8 +87,21 @@ class TrainConfig(BaseModel):
     value_learning_rate: NonNegative = 1e-3
     """Learning rate of the value head, where the advantages need one."""
 
+    preference_loss: Literal["dpo", "cdpo", "ipo", "simpo"] = "dpo"
+    """Loss on pairs where no plugin decides."""
+    beta: Positive | None = None
+    """Its factor on the log-ratios; by default 0.1, or 2 for simpo."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """How often a label is wrong (cdpo only)."""
+    gamma: NonNegative = 1.0
+    """Margin between the two responses (simpo only)."""
+    nll_coefficient: NonNegative = 0.0
+    """Factor on the negative log-likelihood of the chosen responses, which is added to the loss on pairs."""
+    max_length: PositiveInt = 512
+    """Longest prompt and response of a pair together, in tokens; longer responses are cut."""
+
     validation_data: Path | None = None
-    """Prompt file for validation, with greedy decoding."""
+    """Prompt file for validation, with greedy decoding; or a pairs file."""
     validate_every: NonNegativeInt = 0
     """Steps between validations; 0: after the last step only, or as often as a plugin needs."""
     checkpoint_every: NonNegativeInt = 0
@@ -102,6 +118,33 @@ class TrainConfig(BaseModel):
     threads: PositiveInt | None = None
     """Threads of torch on the CPU; by default torch decides."""
 
+    @model_validator(mode="after")
+    def _one_kind_of_training(self) -> TrainConfig:
+        if self.pairs is None and (self.data is None or self.reward is None):
+            raise ValueError("give data (a prompt file) and reward, or pairs (a pairs file)")
+        foreign = OF_RESPONSES if self.pairs is not None else OF_PAIRS
+        fields = type(self).model_fields
+        given = [name for name in fields if name in foreign and getattr(self, name) != fields[name].get_default()]
+        if given:
+            other = "with pairs" if self.pairs is not None else "without pairs"
+            raise ValueError(f"{', '.join(given)}: without meaning {other}, leave it out")
+        return self
+
+    @property
+    def objective(self) -> str:
+        """What the run trains on: `preferences` or `rewards`."""
+        return PREFERENCES if self.pairs is not None else REWARDS
+
+
+OF_RESPONSES = frozenset(
+    {"data", "reward", "group_size", "generation_batch_size", "top_p", "max_new_tokens", "advantage", "loss", "clip_low",
+     "clip_high", "dual_clip", "kl", "kl_coefficient", "reduction", "entropy_coefficient", "value_learning_rate"}
+)  # fmt: skip
+"""Settings of training on responses that are drawn and scored."""
+
+OF_PAIRS = frozenset({"preference_loss", "beta", "label_smoothing", "gamma", "nll_coefficient", "max_length"})
+"""Settings of training on pairs."""
+
 
 def read_settings(options: Mapping[str, Any], where: str) -> TrainConfig:
     """Validated settings.
@@ -115,6 +158,7 @@ def read_settings(options: Mapping[str, Any], where: str) -> TrainConfig:
         problems = []
         for item in error.errors():
             name = ".".join(map(str, item["loc"]))
-            got = "" if item["type"] in ("missing", "extra_forbidden") else f", got {item['input']!r}"
-            problems.append(f"{name}: {item['msg']}{got}")
+            text = item["msg"].removeprefix("Value error, ")
+            got = "" if not name or item["type"] in ("missing", "extra_forbidden") else f", got {item['input']!r}"
+            problems.append(f"{name}: {text}{got}" if name else text)
         raise ConfigurationError(f"{where}: {'; '.join(problems)}") from None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rlplugins.errors import DataError
-from rlplugins.rollouts import Column, Columns, Prompts, Rollouts, prompt_key
+from rlplugins.pairs import SIDES, Pairs
+from rlplugins.rollouts import Column, Columns, Prompts, Rollouts, as_column, prompt_key
 from rlplugins.table import PromptTable
 
 RECORD = "_record"
@@ -41,6 +42,8 @@ class PromptFile:
         DataError: naming file and line, if it is missing, empty, no JSON or has no prompts.
     """
 
+    taken = TAKEN
+
     def __init__(self, path: Path) -> None:
         self.path = path
         records = list(self._records())
@@ -48,7 +51,7 @@ class PromptFile:
             raise DataError(f"the prompt file {path} has no lines")
         self.texts = [record.pop("prompt") for _, record in records]
         names = dict.fromkeys(name for _, record in records for name in record)
-        if reserved := sorted(TAKEN & set(names)):
+        if reserved := sorted(self.taken & set(names)):
             raise DataError(f"{path}: rename the field {reserved[0]!r}, which is a column of rlplugins' own")
         self.columns = {name: [record.get(name) for _, record in records] for name in names}
         self._fields = [record for _, record in records]
@@ -103,27 +106,50 @@ class PromptFile:
         """The prompts as hooks see them; without a table they are outside of the pool."""
         keys = self.keys()
         rows = torch.full_like(keys, -1) if table is None else table.resolve(keys)
-        columns: dict[str, Column] = {name: _column(values) for name, values in self.columns.items()}
+        columns: dict[str, Column] = {name: as_column(values) for name, values in self.columns.items()}
         columns[RECORD] = self._fields
         return Prompts(keys, rows, PromptTable() if table is None else table, self.texts, Columns(columns))
+
+
+class PairFile(PromptFile):
+    """The pairs of a JSONL file with `prompt`, `chosen` and `rejected` per line.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        chosen: the preferred response of each line: a text or, after a prompt of chat messages, messages too.
+        rejected: the other one.
+        columns: every further field, one entry per pair; None where a line lacks it.
+
+    Raises:
+        DataError: naming file and line, as for prompts, and if a response is missing or empty.
+    """
+
+    taken = (TAKEN | {field.name for field in fields(Pairs)}) - {"chosen", "rejected"}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.chosen = self.columns.pop("chosen")
+        self.rejected = self.columns.pop("rejected")
+
+    def _record(self, number: int, line: str) -> dict[str, Any]:
+        record = super()._record(number, line)
+        for side in SIDES:
+            if side not in record:
+                raise DataError(f"{self.path}, line {number} has no `{side}`: a pair has prompt, chosen and rejected")
+            if not _is_prompt(record[side]) or isinstance(record[side], list) > isinstance(record["prompt"], list):
+                raise DataError(
+                    f"{self.path}, line {number}: `{side}` must be a text or, after a prompt of chat messages, a list of "
+                    "them, and not empty"
+                )
+        return record
 
 
 def _is_prompt(prompt: Any) -> bool:
     if isinstance(prompt, list):
         return bool(prompt) and all(isinstance(item, dict) and {"role", "content"} <= set(item) for item in prompt)
     return isinstance(prompt, str) and bool(prompt)
-
-
-def _column(values: list[Any]) -> Column:
-    """Numbers as a tensor, everything else as it is."""
-    kinds = {type(value) for value in values}
-    if kinds == {bool}:
-        return torch.tensor(values)
-    if kinds == {int} and all(-(2**63) <= value < 2**63 for value in values):
-        return torch.tensor(values, dtype=torch.int64)
-    if kinds <= {int, float}:
-        return torch.tensor(values, dtype=torch.float32)
-    return values
 
 
 class Scorer:

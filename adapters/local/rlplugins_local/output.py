@@ -28,11 +28,13 @@ from rlplugins_local.config import TrainConfig
 from rlplugins_local.policy import Policy
 
 KEPT_CHECKPOINTS = 2
+HEADLINES = ("reward", "accuracy", "loss", "validation/reward", "validation/accuracy")
 PLACE = {"output", "resume"}
 """Settings that say where a run is, not what it is."""
 FREE = PLACE | {
     "model",
     "data",
+    "pairs",
     "reward",
     "validation_data",
     "steps",
@@ -84,10 +86,7 @@ class RunFolder:
 
     def checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
-        return max(self._checkpoints(), key=_step_of, default=None)
-
-    def _checkpoints(self) -> list[Path]:
-        return [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        return newest_checkpoint(self.path)
 
     @contextmanager
     def new_checkpoint(self, step: int) -> Iterator[Path]:
@@ -97,7 +96,7 @@ class RunFolder:
         writing.mkdir()
         yield writing
         os.rename(writing, final)
-        for old in sorted(self._checkpoints(), key=_step_of)[:-KEPT_CHECKPOINTS]:
+        for old in _checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
     def truncate_metrics(self, step: int) -> dict[str, Any]:
@@ -118,6 +117,16 @@ class RunFolder:
     def finish(self, metrics: Mapping[str, Any], seconds: float) -> None:
         """Write the result."""
         write_json(self.path / RESULT, {"status": "finished", "seconds": round(seconds, 3), "metrics": dict(metrics)})
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint in a run's folder."""
+    return next(reversed(_checkpoints(run)), None)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted((path for path in run.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()), key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -352,8 +361,8 @@ class _Bar:
 
 
 def describe(metrics: Mapping[str, float], plugin_metrics: int = 3) -> str:
-    """The metrics that fit into a line: reward, loss, validation, and a few of the plugins'."""
-    own = [name for name in ("reward", "loss", "validation/reward") if name in metrics]
+    """The metrics that fit into a line: reward or accuracy, loss, validation, and a few of the plugins'."""
+    own = [name for name in HEADLINES if name in metrics]
     others = [name for name in metrics if name.startswith("rlplugins/")][:plugin_metrics]
     parts = [f"{name.removeprefix('rlplugins/')} {metrics[name]:.4g}" for name in [*own, *others]]
     if metrics.get("update_skipped"):

@@ -199,6 +199,26 @@ class Policy:
             return [[] for _ in prefixes]
         return self.tokenizer(list(prefixes), add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
+    def encode_responses(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[list[int]]:
+        """Token ids of given responses, texts or lists of chat messages, each with an end token."""
+        texts = [self._response(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        ends, end = set(self._end_tokens.tolist()), self.tokenizer.eos_token_id
+        encoded = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        return [row if end is None or (row and row[-1] in ends) else [*row, end] for row in encoded]
+
+    def _response(self, prompt: Any, response: Any) -> str:
+        """What a response adds to its prompt; after chat messages in the words of the chat template."""
+        if isinstance(prompt, str):
+            return str(response)
+        self._chat(prompt)  # says so if there is no template
+        answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+        start = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        whole = self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+        if not whole.startswith(start):
+            raise DataError("the chat template of the tokenizer changes the prompt when a response follows: give prompts and "
+                            "responses as texts")  # fmt: skip
+        return str(whole[len(start) :]).rstrip("\n")
+
     def decode(self, responses: Tensor, mask: Tensor) -> list[str]:
         """Texts of responses, special tokens left out."""
         ends = (torch.arange(1, mask.shape[1] + 1) * mask).amax(1).tolist()

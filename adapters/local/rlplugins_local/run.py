@@ -7,14 +7,15 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlplugins import ops
 from rlplugins.errors import ConfigurationError
 from rlplugins.rollouts import POLICY, Column, Prompts, Requests, Rollouts, take
 from rlplugins.stack import Credit, Stack, StackConfig
@@ -31,24 +32,37 @@ from rlplugins_local.policy import Policy, Sequences, cut
 logger = logging.getLogger("rlplugins.local")
 
 
-def run(config: TrainConfig, stack_config: StackConfig, checked: Stack, progress: bool) -> dict[str, Any]:
+class Training(Protocol):
+    """A run that makes one step at a time."""
+
+    done: int
+    seconds: float
+
+    def step(self) -> dict[str, float]:
+        """Make one step; gives its metrics."""
+
+    def save(self, folder: Any) -> None:
+        """Write everything that a resumed run needs."""
+
+    def restore(self, folder: Any, notes: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+
+
+Prepare: TypeAlias = Callable[[TrainConfig, StackConfig], Callable[[Policy], Training]]
+"""Reads the data and checks what can be checked before the model is loaded."""
+
+
+def run(config: TrainConfig, stack_config: StackConfig, prepare: Prepare, progress: bool) -> dict[str, Any]:
     """Train from the first step or the newest checkpoint to the last step; see `rlplugins_local.train`."""
-    if config.batch_size < group_size(config, checked):
-        raise ConfigurationError(
-            f"batch_size {config.batch_size} is less than one prompt's {group_size(config, checked)} responses"
-        )
     device = prepare_torch(config)
-    data = PromptFile(config.data)
-    validation = PromptFile(config.validation_data) if config.validation_data else None
-    stack = build_stack(config, stack_config, data.columns)
-    scorer = Scorer(config.reward, list(data.columns))
+    start = prepare(config, stack_config)
     folder = output.RunFolder(config, stack_config)
     checkpoint = folder.checkpoint() if config.resume else None
     notes = output.read_notes(checkpoint, config) if checkpoint else None
     settings = config.model_dump(mode="json")
     trackers = output.Trackers(config.report_to, folder.path, _flat(settings))
     policy = Policy.load(checkpoint or config.model, device, getattr(torch, config.dtype))
-    trainer = LocalTrainer(config, stack, policy, data, validation, scorer)
+    trainer = start(policy)
     if checkpoint and notes:
         trainer.restore(checkpoint, notes)
     metrics = folder.truncate_metrics(trainer.done)
@@ -58,7 +72,7 @@ def run(config: TrainConfig, stack_config: StackConfig, checked: Stack, progress
             folder.add_metrics(metrics)
             trackers.log({name: value for name, value in metrics.items() if name != "step"}, trainer.done)
             display.show(trainer.done, metrics)
-            if _due(trainer.done, config.checkpoint_every, config.steps):
+            if due(trainer.done, config.checkpoint_every, config.steps):
                 with folder.new_checkpoint(trainer.done) as writing:
                     trainer.save(writing)
     trackers.finish()
@@ -87,7 +101,7 @@ def prepare_torch(config: TrainConfig) -> torch.device:
     return device
 
 
-def _due(step: int, every: int, last: int) -> bool:
+def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
@@ -143,6 +157,19 @@ class LocalTrainer:
         self.needs_together = stack.needs("together")
         self.needs_groups_together = stack.needs("together", "group")
         self.needs_mini_batch_log_probs = stack.needs_mini_batch_log_probs
+
+    @classmethod
+    def prepare(cls, config: TrainConfig, stack_config: StackConfig) -> Callable[[Policy], LocalTrainer]:
+        """Read the data, and check everything that can be checked without the model."""
+        assert config.data is not None and config.reward is not None
+        data = PromptFile(config.data)
+        validation = PromptFile(config.validation_data) if config.validation_data else None
+        stack = build_stack(config, stack_config, data.columns)
+        size = group_size(config, stack)
+        if config.batch_size < size:
+            raise ConfigurationError(f"batch_size {config.batch_size} is less than one prompt's {size} responses")
+        scorer = Scorer(config.reward, list(data.columns))
+        return lambda policy: cls(config, stack, policy, data, validation, scorer)
 
     # one step
 
@@ -230,7 +257,7 @@ class LocalTrainer:
         if not whole:
             columns = {name: take(column, rows) for name, column in columns.items()}
         columns = on_device(columns, device)
-        shared = _moved(stack.step.shared_by_all(), device)
+        shared = moved(stack.step.shared_by_all(), device)
         mini = stack.mini_batch(columns, shared, kinds=rollouts.kinds, log_probs=current)
         if mini.weightless:
             return
@@ -268,29 +295,14 @@ class LocalTrainer:
 
     def optimiser_step(self, metrics: UpdateMetrics) -> None:
         """Clip the gradient and step."""
-        config = self.config
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), config.max_grad_norm)
-        if self.policy.value_head is not None:
-            torch.nn.utils.clip_grad_norm_(self.policy.value_head.parameters(), config.max_grad_norm)
-        made = self.engine.version + metrics.optimiser_steps
-        warm = min(1.0, (made + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * warm
-        self.optimiser.step()
+        norm = clipped_step(self.config, self.policy, self.optimiser, self.engine.version + metrics.optimiser_steps)
         metrics.optimiser_steps += 1
         metrics.add(grad_norm=norm)
 
     def units(self, rollouts: Rollouts, groups: Tensor) -> Tensor:
         """(B,) rows of the same number stay in one mini-batch: those of a prompt; of a group too, if a plugin says so."""
         prompts = torch.unique(rollouts.prompt_keys, return_inverse=True)[1]
-        if not self.needs_groups_together:
-            return prompts
-        alone = int(groups.max()) + 1 + torch.arange(len(groups))
-        groups = torch.where(groups >= 0, groups, alone)
-        units, before = prompts, None
-        while before is None or not torch.equal(units, before):  # groups may span prompts, and prompts groups
-            units, before = _smallest(_smallest(units, groups), prompts), units
-        return units
+        return ops.joined(prompts, groups) if self.needs_groups_together else prompts
 
     def mini_batches(self, units: Tensor, epoch: int) -> Iterator[Tensor]:
         """The rows of each mini-batch, in their order: whole units, in a new order in every pass."""
@@ -315,7 +327,7 @@ class LocalTrainer:
 
     def _validates(self) -> bool:
         every = 1 if self.stack.needs("validation_every_step") else self.config.validate_every
-        return _due(self.done, every, self.config.steps)
+        return due(self.done, every, self.config.steps)
 
     def validate(self) -> dict[str, float]:
         """Greedy responses to every validation prompt; plugins see the metrics."""
@@ -359,6 +371,25 @@ def make_optimiser(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, fused=True)
 
 
+def clipped_step(config: TrainConfig, policy: Policy, optimiser: torch.optim.Optimizer, made: int) -> Tensor:
+    """Clip the gradient, set the learning rate and step; gives the gradient's length before.
+
+    Args:
+        config: the settings.
+        policy: the model.
+        optimiser: its optimiser.
+        made: optimiser steps so far.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+    if policy.value_head is not None:
+        torch.nn.utils.clip_grad_norm_(policy.value_head.parameters(), config.max_grad_norm)
+    warm = min(1.0, (made + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    for group in optimiser.param_groups:
+        group["lr"] = group["initial_lr"] * warm
+    optimiser.step()
+    return norm
+
+
 class UpdateMetrics:
     """What the update measured."""
 
@@ -400,7 +431,7 @@ def score_metrics(rollouts: Rollouts) -> dict[str, float]:
 
 
 def rollout_metrics(everything: Rollouts, rollouts: Rollouts, credit: Credit | None) -> dict[str, float]:
-    """Scores, lengths and groups of all rows of the kind `policy`, and the share of advantages that are 0."""
+    """Scores and lengths of all rows of the kind `policy`, and the share of advantages that are 0."""
     drawn = everything.select(everything.of_kind(POLICY))
     if not len(drawn):
         return {}
@@ -408,10 +439,6 @@ def rollout_metrics(everything: Rollouts, rollouts: Rollouts, credit: Credit | N
     finite = drawn.scores[drawn.scores.isfinite()]
     metrics["reward_std"] = float(finite.std()) if len(finite) > 1 else 0.0
     metrics["tokens"] = float(everything.mask.sum())
-    sizes = torch.unique(drawn.groups[drawn.groups >= 0], return_counts=True)[1]
-    if len(sizes):
-        metrics |= {"group_size": float(sizes.float().mean()), "group_size/min": float(sizes.min()),
-                    "group_size/max": float(sizes.max())}  # fmt: skip
     if credit is not None:
         metrics["zero_advantage"] = float((credit.advantages == 0).all(1).float().mean())
     return metrics
@@ -422,17 +449,10 @@ def _mean(values: Tensor | None, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def _smallest(values: Tensor, groups: Tensor) -> Tensor:
-    """The smallest value of each row's group."""
-    _, dense = torch.unique(groups, return_inverse=True)
-    best = torch.full((len(values),), torch.iinfo(values.dtype).max).scatter_reduce(0, dense, values, "amin")
-    return best[dense]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """Shared values with their tensors on the device of the update."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {name: _moved(item, device) for name, item in value.items()}
+        return {name: moved(item, device) for name, item in value.items()}
     return value
