@@ -69,7 +69,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the page, if every benchmark ran."""
     complete = exitstatus == 0 and not session.config.option.keyword and not session.config.option.markexpr
     if complete and session.config.stash[LINES]:
-        Path(session.config.rootpath, PAGE).write_text(page(session.config.stash[LINES]))
+        path = Path(session.config.rootpath, PAGE)
+        path.write_text(page(session.config.stash[LINES], path.read_text() if path.exists() else ""))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -25,6 +25,10 @@ tensor is freed beforehand, after which malloc keeps its pages, as in the proces
 """
 
 
+STEPS_OF_VERL = "Steps of verl"
+"""Heading of the section that `verl_step.py` writes, and `make benchmark` leaves as it is."""
+
+
 def cpu_seconds(function: Callable[[], Any], repeat: int = 1) -> float:
     """CPU time of one call, the mean of `repeat` calls."""
     begin = time.process_time()
@@ -128,8 +132,26 @@ def table(lines: Sequence[Line]) -> str:
     return "\n\n".join(parts)
 
 
-def page(lines: Sequence[Line]) -> str:
-    """The whole page."""
+def section(text: str, heading: str) -> str:
+    """What stands under a heading of a page, up to the next one; empty if there is none."""
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0].strip("\n")
+
+
+def with_section(text: str, heading: str, body: str) -> str:
+    """The page with another section under this heading, at its end if it had none."""
+    before, found, after = text.partition(f"\n## {heading}\n")
+    rest = after.partition("\n## ")[1:] if found else ("", "")
+    return f"{before.rstrip()}\n\n## {heading}\n\n{body}\n{''.join(rest)}"
+
+
+def page(lines: Sequence[Line], before: str = "") -> str:
+    """The whole page; what another script wrote on the one `before` stays."""
+    text = _page(lines)
+    kept = section(before, STEPS_OF_VERL)
+    return with_section(text, STEPS_OF_VERL, kept) if kept else text
+
+
+def _page(lines: Sequence[Line]) -> str:
     found = ", ".join(f"{name} {installed(name)}" for name in ("torch", "verl", "numpy"))
     return f"{INTRODUCTION}\n{table(lines)}\n\nRun with Python {platform.python_version()}, {found}.\n"
 

@@ -25,7 +25,7 @@ class VerlAdapter:
         return Trainer(
             name="verl",
             binds=frozenset(HOOKS) - settings.UNBOUND,
-            provides=frozenset(settings.provides("sync")) | {"validation_every_step"},
+            provides=frozenset(settings.provides("sync")) | {"validation_every_step", "together"},
             columns=None,
             remedies=settings.REMEDIES,
         )

@@ -6,31 +6,7 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-
-@dataclass(frozen=True)
-class Point:
-    """One function of verl.
-
-    Attributes:
-        file: inside the package.
-        name: dotted, inside the file.
-        signature: its arguments in the tested version.
-        kind: `official` or `patched`.
-        use: what it is for.
-    """
-
-    file: str
-    name: str
-    signature: str
-    kind: str
-    use: str
-
+from rlplugins.bindings import Point
 
 BASE = "trainer/ppo/v1/trainer_base.py"
 POINTS = (
@@ -68,6 +44,9 @@ POINTS = (
           "extend_rollouts, filter_rollouts: wrapped on the trainer's own buffer"),
     Point("workers/engine/base.py", "BaseEngine.train_batch", "(data, loss_function)", "patched",
           "prepare_mini_batch and the loss: replaced on the engines of actor and critic"),
+    Point("workers/engine/utils.py", "prepare_micro_batches",
+          "(data, dp_group, num_batches_divided_by, same_micro_num_in_dp, min_num_micro_batch, use_dynamic_bsz_balance)",
+          "patched", "rows kept together: replaced where the FSDP engine calls it, for a mini-batch whose stack needs it"),
     Point("workers/engine/base.py", "BaseEngine.infer_batch", "(data, loss_function)", "official",
           "log-probs of a whole mini-batch"),
     Point("workers/engine_workers.py", "TrainingWorker.train_mini_batch", "(data)", "official", "one call per update"),
@@ -75,44 +54,13 @@ POINTS = (
     Point("trainer/main_ppo_v0.py", "TaskRunner.run", "(config)", "patched", "refuses a stack under verl's deprecated trainer"),
 )  # fmt: skip
 
-
-def package() -> Path:
-    """The folder of verl, which is not imported."""
-    spec = importlib.util.find_spec("verl")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def changed(root: Path) -> Iterator[tuple[Point, str]]:
-    """Each point with its signature in the verl at `root`, or `absent`."""
-    trees: dict[str, ast.Module | None] = {}
-    for point in POINTS:
-        if point.file not in trees:
-            path = root / point.file
-            trees[point.file] = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else None
-        tree = trees[point.file]
-        node = _find(tree, point.name) if tree is not None else None
-        yield point, "absent" if node is None else signature(node)
-
-
-def _find(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    body: list[ast.stmt] = tree.body
-    found: ast.stmt | None = None
-    for part in name.split("."):
-        found = next((node for node in body if getattr(node, "name", None) == part), None)
-        body = getattr(found, "body", [])
-    return found if isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef) else None
-
-
-def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """The names of the arguments, without `self`."""
-    given = node.args
-    names = [item.arg for item in (*given.posonlyargs, *given.args) if item.arg not in ("self", "cls")]
-    if given.vararg:
-        names.append(f"*{given.vararg.arg}")
-    elif given.kwonlyargs:
-        names.append("*")
-    names += [item.arg for item in given.kwonlyargs]
-    if given.kwarg:
-        names.append(f"**{given.kwarg.arg}")
-    return f"({', '.join(names)})"
+VLLM_POINTS = (
+    Point("v1/sample/logits_processor/interface.py", "LogitsProcessor.__init__", "(vllm_config, device, is_pin_memory)",
+          "official", "process_logits"),
+    Point("v1/sample/logits_processor/interface.py", "LogitsProcessor.update_state", "(batch_update)", "official",
+          "the numbers of each request"),
+    Point("v1/sample/logits_processor/interface.py", "LogitsProcessor.apply", "(logits)", "official", "process_logits"),
+    Point("v1/sample/logits_processor/builtin.py", "process_dict_updates", "(req_entries, batch_update, new_state)",
+          "official", "the numbers of each request"),
+)  # fmt: skip
+"""The same for vLLM, where it is installed."""

@@ -15,7 +15,7 @@ from tensordict import NonTensorStack, TensorDict
 from torch import Tensor
 
 from rlplugins.errors import DataError
-from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Rollouts
+from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Rollouts, as_column, written_column
 
 PREFIX = "rlplugins__"
 PROMPT = f"{PREFIX}prompt"
@@ -54,16 +54,6 @@ def as_list(column: Any) -> list[Any]:
     return [getattr(item, "data", item) if type(item).__name__.startswith("NonTensor") else item for item in items]
 
 
-def data_column(values: list[Any]) -> Column:
-    """Numbers as a tensor, everything else as it is."""
-    kinds = {type(value) for value in values}
-    if kinds == {bool} or (kinds == {int} and all(-(2**63) <= value < 2**63 for value in values)):
-        return torch.tensor(values)
-    if kinds and kinds <= {int, float}:
-        return torch.tensor(values, dtype=torch.float32)
-    return values
-
-
 def flattened(row: Mapping[str, Any]) -> dict[str, Any]:
     """The data columns of a row: its own, and what stands in `extra_info` and `reward_model`."""
     found = {}
@@ -80,7 +70,7 @@ def data_columns(stored: Mapping[str, Any], rows: int) -> dict[str, Column]:
     lists = {name: as_list(stored[name]) for name in names}
     records = [flattened({name: lists[name][place] for name in names}) for place in range(rows)]
     found = dict.fromkeys(name for record in records for name in record)
-    return {name: data_column([record.get(name) for record in records]) for name in found}
+    return {name: as_column([record.get(name) for record in records]) for name in found}
 
 
 def to_rollouts(
@@ -135,7 +125,7 @@ def _version(extra: Mapping[str, Any], otherwise: int) -> int:
 def _written(extra: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
     """Columns that hooks added to the requests."""
     names = dict.fromkeys(name for item in extra for name in item.get(f"{PREFIX}columns", {}))
-    return {name: data_column([item.get(f"{PREFIX}columns", {}).get(name) for item in extra]) for name in names}
+    return {name: written_column([item.get(f"{PREFIX}columns", {}).get(name) for item in extra]) for name in names}
 
 
 def components_of(extra: Sequence[Mapping[str, Any]]) -> tuple[Tensor | None, tuple[str, ...]]:

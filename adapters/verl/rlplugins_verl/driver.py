@@ -37,7 +37,7 @@ from rlplugins.stack import Credit, Stack
 from rlplugins.steps import Run
 from rlplugins.table import PromptTable
 from rlplugins_verl import columns as rows_of_verl
-from rlplugins_verl import settings, worker
+from rlplugins_verl import logits, settings, together, worker
 from rlplugins_verl.columns import KEY, PLACE, PROMPT, REAL, REQUESTS, padded
 from rlplugins_verl.engine import VerlEngine
 from rlplugins_verl.pool import Pool
@@ -86,11 +86,13 @@ class WithPlugins:
         settings.check_version()
         self.stack_config = settings.read_stack(config)
         self.stack = settings.build_stack(config, self.stack_config, self.mode)
-        self._take_over()
+        self._take_over(config)
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.mode
             if self.stack.takes("entropy", "update"):
                 config.actor_rollout_ref.actor.calculate_entropy = True
+            if self.stack.claims("process_logits"):
+                logits.hand_over(config, self.stack)
         self.rollouts: Rollouts | None = None
         self.credit: Credit | None = None
         self.engine: VerlEngine | None = None
@@ -98,13 +100,14 @@ class WithPlugins:
         self.places = self.draws = 0
         super().__init__(config)
 
-    def _take_over(self) -> None:
+    def _take_over(self, config: Any) -> None:
         """Which parts the stack decides; the others are verl's."""
         stack = self.stack
         self.owns_credit, self.owns_loss = settings.owns_credit(stack), settings.owns_loss(stack)
         self.owns_critic = False
         self.chooses = stack.claims("choose_prompts") or stack.claims("prompt_weights")
         self.rewrites = stack.claims("rewrite_prompts") or stack.claims("sampling_params")
+        self.keeps_units = stack.needs("together") and not settings.why_apart(config)
         self.ahead = self.mode != "sync"
 
     # making
@@ -223,7 +226,8 @@ class WithPlugins:
         plain = Requests.of(prompts, counts)
         requests = self.stack.rewrite_prompts(Requests.of(prompts, counts))
         sampling = self.stack.sampling_params(requests, self.sampling(len(requests)))
-        return requests_of(plain, requests, sampling if self.stack.claims("sampling_params") else None)
+        drawn = sampling if self.stack.claims("sampling_params") else None
+        return requests_of(plain, requests, drawn, numbers=self.stack.claims("process_logits"))
 
     def sampling(self, rows: int) -> Sampling:
         """The user's own parameters for so many requests."""
@@ -305,6 +309,8 @@ class WithPlugins:
             packed, self.packing = rows_of_verl.pack(self.stack.update_columns(self.rollouts, self.credit))
             found |= packed
             found[REAL] = list(torch.ones((len(keys), 1)).unbind())
+        if self.keeps_units:
+            found[together.UNIT] = list(self._units()[:, None].unbind())
         if not found:
             return None
         place = {key: row for row, key in enumerate(keys)}
@@ -329,11 +335,27 @@ class WithPlugins:
         yield
         batch.extra_info.pop(worker.FRAME, None)
 
+    def _units(self) -> Tensor:
+        """(B,) int64, equal for rows that stay together."""
+        assert self.rollouts is not None and self.credit is not None
+        return together.units_of(self.stack, self.rollouts, self.credit.groups)
+
+    def _deal(self, batch: Any) -> None:
+        """Put the batch in an order in which every rank gets whole units in every mini-batch."""
+        assert self.rollouts is not None
+        units = dict(zip(self.rollouts.columns[KEY], self._units().tolist(), strict=True))
+        each = torch.tensor([units.get(key, -1 - row) for row, key in enumerate(batch.keys)])
+        size = int(self.config.actor_rollout_ref.actor.ppo_mini_batch_size) * settings.group_size(self.config)
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        batch.reorder(together.dealt(each, ranks, len(each) // size))
+
     def _update_critic(self, batch: Any, metrics: dict[str, Any]) -> Any:
         with self._framed(batch, self.owns_critic):
             return super()._update_critic(batch, metrics)  # type: ignore[misc]
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        if self.keeps_units and len(self.rollouts or ()):
+            self._deal(batch)
         with self._framed(batch, self.owns_loss):
             batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
         found = worker.decoded(metrics, "actor/")

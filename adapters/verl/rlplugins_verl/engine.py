@@ -80,7 +80,7 @@ class VerlEngine:
         texts = [requests.prompts.texts[row] for row in requests.prompt.tolist()]
         plain = replace(requests, texts=texts, prefixes=[""] * count)
         single = replace(requests, prompt=torch.arange(count), prompts=requests.prompts.select(requests.prompt))
-        made = requests_of(plain, single, sampling)
+        made = requests_of(plain, single, sampling, numbers=trainer.stack.claims("process_logits"))
         top_k = int(trainer.config.actor_rollout_ref.rollout.top_k)
         for items in made:
             items[0]["sampling"]["top_k"] = top_k  # validation would set its own

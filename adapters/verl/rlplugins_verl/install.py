@@ -8,7 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from rlplugins_verl.imports import after_import
+from rlplugins.imports import after_import
 
 TRAINERS = {
     "sync": ("verl.trainer.ppo.v1.trainer_sync", "PPOTrainerSync"),

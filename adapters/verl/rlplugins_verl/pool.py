@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlplugins.rollouts import Columns, Prompts, prompt_key
+from rlplugins.rollouts import Columns, Prompts, as_column, prompt_key
 from rlplugins.table import PromptTable
-from rlplugins_verl.columns import OF_VERL, as_list, data_column, flattened
+from rlplugins_verl.columns import OF_VERL, as_list, flattened
 
 POSITION = "_verl_position"
 """Column of the pool: position of the prompt in verl's data set."""
@@ -36,7 +36,7 @@ class Pool:
         """The pool of verl's own data set, or of another one whose rows have `raw_prompt`."""
         names, texts, columns = _read(dataset)
         keys = keys_of(names, texts)
-        kept: dict[str, Any] = {name: data_column(values) for name, values in columns.items()}
+        kept: dict[str, Any] = {name: as_column(values) for name, values in columns.items()}
         kept[POSITION] = torch.arange(len(keys))
         return cls(Prompts(keys, table.resolve(keys), table, texts, Columns(kept)), torch.argsort(keys, stable=True))
 

@@ -12,6 +12,7 @@ import torch
 
 from rlplugins.rollouts import Requests, Sampling
 from rlplugins_verl.columns import PREFIX, REQUESTS
+from rlplugins_verl.logits import KEY
 from rlplugins_verl.worker import versions
 
 AGENT = "rlplugins"
@@ -20,13 +21,16 @@ INNER = f"{PREFIX}agent"
 """Column of a prompt: the user's own agent loop."""
 
 
-def requests_of(plain: Requests, requests: Requests, sampling: Sampling | None) -> list[list[dict[str, Any]]]:
+def requests_of(
+    plain: Requests, requests: Requests, sampling: Sampling | None, *, numbers: bool = False
+) -> list[list[dict[str, Any]]]:
     """Per prompt, per response what differs from verl's own request.
 
     Args:
         plain: the requests before any hook.
         requests: after them, in the same order.
         sampling: how each is drawn, where a plugin has a say in it.
+        numbers: whether the engine has a rule that reads the numbers of `sampling`.
     """
     written = {name: _items(requests.columns[name]) for name in requests.columns}
     made: list[list[dict[str, Any]]] = [[] for _ in range(len(requests.prompts))]
@@ -38,11 +42,15 @@ def requests_of(plain: Requests, requests: Requests, sampling: Sampling | None) 
             request["prefix"] = requests.prefixes[row]
         if sampling is not None:
             request["sampling"] = parameters(sampling, row)
+            if numbers and sampling.numbers:
+                request["sampling"]["extra_args"] = {
+                    KEY: {name: column[row].tolist() for name, column in sampling.numbers.items()}
+                }
         made[prompt].append(request)
     return made
 
 
-def parameters(sampling: Sampling, row: int) -> dict[str, float]:
+def parameters(sampling: Sampling, row: int) -> dict[str, Any]:
     """One request's parameters in verl's words."""
     return {
         "temperature": float(sampling.temperature[row]),

@@ -20,18 +20,23 @@ OLDEST, TOO_NEW = (0, 9), (0, 10)
 MODES = ("sync", "colocate_async")
 """Trainer modes of verl that have a counterpart `rlplugins_<mode>`."""
 
-UNBOUND = frozenset({"process_logits", "forward"}) | {
-    name for name, hook in HOOKS.items() if hook.phase == "preferences"
-}
+LOGITS_ENGINES = ("vllm", "light")
+"""Rollout engines that call `process_logits`."""
+UNBOUND = frozenset({"forward"}) | {name for name, hook in HOOKS.items() if hook.phase == "preferences"}
 """Hooks that have no place in verl yet."""
 
 CREDIT = frozenset(name for name, hook in HOOKS.items() if hook.phase == "credit")
 UPDATE = frozenset(name for name, hook in HOOKS.items() if hook.phase == "update") - {"forward"}
 WEIGHTS = frozenset({"select_samples", "select_tokens"})
 PROMPTS = frozenset(name for name, hook in HOOKS.items() if hook.phase == "prompts")
+RESIZING = ("allocate_rollouts", "extend_rollouts", "filter_rollouts", "assign_groups")
 METHOD = ("baseline", "advantage_scale", "compute_advantages")
 
-_KL: dict[str, str] = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+_K3 = {"k3": {"cut": 10.0}}
+_KL: dict[str, dict[str, Any]] = {
+    "kl": {"k1": {}}, "k1": {"k1": {}}, "mse": {"k2": {}}, "k2": {"k2": {}}, "low_var_kl": _K3, "k3": _K3,
+}  # fmt: skip
+"""verl's names of the KL penalties, and the built-ins that they mean."""
 
 
 def check_version() -> str:
@@ -121,19 +126,39 @@ def declare(config: Any, mode: str, columns: Iterable[str] | None = None) -> Tra
     given |= {"rollout_log_probs"} if at(config, "actor_rollout_ref.rollout.calculate_log_probs", True) else set()
     coefficient = float(at(config, "actor_rollout_ref.actor.entropy_coeff", 0.0))
     every_step = int(at(config, "trainer.test_freq", -1)) == 1
+    apart = why_apart(config)
+    engine = str(at(config, "actor_rollout_ref.rollout.name", "vllm"))
     filtered = bool(at(config, "algorithm.filter_groups.enable", False))
     return Trainer(
         name="verl",
-        binds=frozenset(HOOKS) - UNBOUND,
-        provides=provides(mode) | ({"validation_every_step"} if every_step else set()),
+        binds=frozenset(HOOKS) - UNBOUND - (set() if engine in LOGITS_ENGINES else {"process_logits"}),
+        provides=provides(mode)
+        | ({"validation_every_step"} if every_step else set())
+        | (set() if apart else {"together"}),
         columns=None if columns is None else frozenset(given | set(columns)),
         group_size=group_size(config),
         ranks=ranks(config),
         defaults=found,
         extras=[EntropyBonus(coefficient=coefficient)] if coefficient else [],
         breaks={"complete_groups": "algorithm.filter_groups.enable"} if filtered else {},
-        remedies=REMEDIES,
+        remedies=REMEDIES | {"together": apart},
     )
+
+
+def why_apart(config: Any) -> str:
+    """The setting that would make verl keep a group in one micro-batch; empty if it does."""
+    actor, size = "actor_rollout_ref.actor", group_size(config)
+    share = ranks(config) // int(at(config, f"{actor}.ulysses_sequence_parallel_size", 1))
+    if int(at(config, f"{actor}.ppo_mini_batch_size", share)) % share:
+        return f"set {actor}.ppo_mini_batch_size to a multiple of {share}, so that each rank gets whole groups"
+    if at(config, f"{actor}.shuffle", False):
+        return f"set {actor}.shuffle=False"
+    if at(config, f"{actor}.use_dynamic_bsz", False):
+        longest = int(at(config, "data.max_prompt_length", 0)) + int(at(config, "data.max_response_length", 0))
+        limit = int(at(config, f"{actor}.ppo_max_token_len_per_gpu", 0))
+        return f"set {actor}.ppo_max_token_len_per_gpu={size * longest}" if limit < size * longest else ""
+    rows = int(at(config, f"{actor}.ppo_micro_batch_size_per_gpu", size))
+    return f"set {actor}.ppo_micro_batch_size_per_gpu={size}" if rows < size else ""
 
 
 REMEDIES = {
@@ -146,7 +171,6 @@ REMEDIES = {
     "engine": "set trainer.v1.trainer_mode=rlplugins_sync",
     "prompts_after_update": "set trainer.v1.trainer_mode=rlplugins_sync",
     "one_rank": "set trainer.nnodes=1 trainer.n_gpus_per_node=1",
-    "together": "verl cuts micro-batches by rows, whatever their group",
 }
 
 
@@ -207,7 +231,7 @@ def _penalty(config: Any, found: dict[str, BuiltinName], missing: dict[str, str]
         return
     kind = str(at(config, f"{actor}.kl_loss_type", "low_var_kl"))
     coefficient = float(at(config, f"{actor}.kl_loss_coef", 0.001))
-    wanted: BuiltinName | None = {_KL[kind]: {"coefficient": coefficient}} if kind in _KL else None
+    wanted = {name: {"coefficient": coefficient, **options} for name, options in _KL.get(kind, {}).items()} or None
     _choose("kl_penalty", wanted, f"{actor}.kl_loss_type={kind}", found, missing)
 
 
@@ -279,7 +303,8 @@ def refusals(config: Any, stack: Stack) -> list[str]:
         if (credit or loss) and at(config, f"{correction}.{name}"):
             found.append(f"{correction}.{name} reweights rows that the stack weighs: leave it unset")
     if credit and at(config, "algorithm.use_pf_ppo", False):
-        found.append("algorithm.use_pf_ppo=True draws rows anew after their advantages are known: set it to False")
+        found.append("algorithm.use_pf_ppo=True draws rows anew after their advantages are known: set it to False and use the "
+                     "plugin pf-ppo")  # fmt: skip
     if loss and at(config, "distillation.enabled", False):
         found.append("distillation.enabled=True brings a loss of its own: set it to False")
     if at(config, "algorithm.filter_groups.enable", False) and any(stack.claims(hook) for hook in PROMPTS):
@@ -293,8 +318,20 @@ def refusals(config: Any, stack: Stack) -> list[str]:
                      "reward.reward_model.enable_resource_pool=True")  # fmt: skip
     if stack.claims("value_targets") and not has_critic(config):
         found.append("no critic reads value_targets: set critic.enable=True")
-    found += _unmapped(config, stack, credit, loss)
+    found += [*_unequal(config, stack), *_unmapped(config, stack, credit, loss)]
     return found
+
+
+def _unequal(config: Any, stack: Stack) -> list[str]:
+    """Groups that must stay whole and may differ in size, where verl deals out equal parts."""
+    deciding = [hook for hook in RESIZING if stack.claims(hook)]
+    mini_batch = int(at(config, "actor_rollout_ref.actor.ppo_mini_batch_size", 0))
+    parts = ranks(config) > 1 or mini_batch < int(at(config, "data.train_batch_size", 0))
+    if not (stack.needs("together") and deciding and parts):
+        return []
+    return [f"{', '.join(deciding)} may change the sizes of groups that must stay whole, and verl deals them out in parts of "
+            "equal size: use one rank and actor_rollout_ref.actor.ppo_mini_batch_size as large as data.train_batch_size, or "
+            "a stack without one of the two"]  # fmt: skip
 
 
 def _unmapped(config: Any, stack: Stack, credit: bool, loss: bool) -> list[str]:

@@ -7,6 +7,7 @@ driver shakes hands with the worker; the second is handed to it for the time of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,10 @@ from rlplugins.stack import Stack
 from rlplugins.steps import Metrics
 from rlplugins.update import Loss, MiniBatch
 from rlplugins_verl.columns import PREFIX, REAL, Packing, padded, unpack
+from rlplugins_verl.together import ROW, UNIT, cut_whole
 
 FRAME = f"{PREFIX}frame"
 """Key of the mini-batch's data under which its `Frame` travels."""
-ROW = f"{PREFIX}row"
-"""Column of a micro-batch: the row's place in the mini-batch, -1 for padding."""
 SUM, WEIGHT = f"{PREFIX}sum/", f"{PREFIX}weight/"
 """Prefixes of a metric's sum and weight. The name behind them is in hexadecimal, since verl reads `max` and `min` in names."""
 
@@ -76,7 +76,8 @@ class MiniBatchUpdate:
         if mini.weightless:
             outputs: dict[str, Any] = {"model_output": {}, "loss": [], "metrics": {"grad_norm": 0.0}}
         else:
-            outputs = self.train_batch(data, functools.partial(self.loss, mini, mask))
+            with self.cutting(data):
+                outputs = self.train_batch(data, functools.partial(self.loss, mini, mask))
             self.optimiser_steps += 1
         metrics.log("rlplugins/update_skipped", float(mini.weightless))
         outputs["metrics"] |= encoded(self.over_ranks(metrics))
@@ -100,6 +101,13 @@ class MiniBatchUpdate:
             log_probs=current, metrics=metrics,
         )  # fmt: skip
         return mini, mask
+
+    def cutting(self, data: Any) -> contextlib.AbstractContextManager[None]:
+        """How verl cuts the mini-batch: as configured, or into whole units where the driver has dealt it so."""
+        if UNIT not in data.keys():  # noqa: SIM118
+            return contextlib.nullcontext()
+        units = padded(data[UNIT])[:, 0].cpu()
+        return cut_whole(self.engine, torch.where(data[ROW].cpu() >= 0, units, -1 - torch.arange(len(units))))
 
     def current_log_probs(self, data: Any, rows: Tensor, mask: Tensor) -> Tensor | None:
         """Log-probs (n, T) of all rows under the present weights."""

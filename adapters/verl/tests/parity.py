@@ -17,8 +17,9 @@ from rlplugins.rollouts import Rollouts
 from rlplugins.stack import Credit, Stack, StackConfig
 from rlplugins.steps import Run
 from rlplugins.table import PromptTable
+from rlplugins.testing.tiny import make_tokenizer
 from rlplugins_verl import columns as rows_of_verl
-from rlplugins_verl import settings
+from rlplugins_verl import settings, together
 from rlplugins_verl.cpu import tiny
 from rlplugins_verl.driver import for_verl, with_passes
 from rlplugins_verl.pool import Pool
@@ -38,6 +39,7 @@ class Case:
         settings: of verl, by dotted path, beside the defaults.
         local: the same settings of the local trainer.
         rows: responses per step.
+        reference: whether a reference policy runs.
         passes: over each step's rows; the second sees the present log-probs before its mini-batch.
         components: numbers that the reward function gives beside the score.
     """
@@ -48,6 +50,7 @@ class Case:
     settings: Mapping[str, Any] | None = None
     local: Mapping[str, Any] | None = None
     rows: int = 16
+    reference: bool = False
     passes: int = 1
     components: int = 0
 
@@ -147,6 +150,7 @@ class LocalSide:
         self.trainer = LocalTrainer(config, stack, policy, data, None, Scorer(config.reward, list(data.columns)))
         self.trainer.optimiser_step = self._keep_gradient  # type: ignore[method-assign]
         self.gradient: dict[str, Tensor] = {}
+        self.reference = case.reference
         self.pool = self.trainer.pool
 
     def _keep_gradient(self, metrics: Any) -> None:
@@ -173,6 +177,8 @@ class LocalSide:
             components=drawn.components if drawn.components.numel() else None,
             component_names=tuple(f"part{place}" for place in range(drawn.components.shape[1])),
         )  # fmt: skip
+        if self.reference:
+            rollouts.ref_log_probs = reference_of(drawn, old)
         rollouts.columns["difficulty"] = torch.as_tensor(table["difficulty"])[drawn.prompt]
         rollouts.columns.written.discard("difficulty")
         credit = stack.credit(rollouts, None)
@@ -186,6 +192,11 @@ class LocalSide:
         )  # fmt: skip
 
 
+def reference_of(drawn: Drawn, old: Tensor) -> Tensor:
+    """Log-probs (B, T) of a reference policy that is near, and on some tokens far from the old one."""
+    return (old + 0.5 * drawn.noise.roll(1, 0) ** 3 - 2.5 * (drawn.noise > 0.8)) * drawn.mask
+
+
 def weights_of(credit: Credit, mask: Tensor) -> Tensor:
     """W = w u m, (B, T)."""
     w = credit.weights if credit.weights is not None else 1.0
@@ -197,7 +208,7 @@ class VerlSide:
     """verl's FSDP2 engine with the adapter's update, whose optimiser does not move the weights."""
 
     def __init__(self, folder: Path, rank: int = 0, ranks: int = 1, port: int = 0) -> None:
-        self.tokenizer = tiny.make_tokenizer()
+        self.tokenizer = make_tokenizer()
         self.worker = make_worker(folder / "model", rank, ranks, port)
         self.engine = self.worker.engine
         self.engine.optimizer_step = self._keep_gradient
@@ -242,6 +253,7 @@ class VerlSide:
         there = generated(drawn)
         rollouts = rows_of_verl.to_rollouts(there, keys, self.pool.prompts, number)
         passes = {"old_log_probs": jagged(old, drawn), "entropy": jagged(entropy, drawn)}
+        passes["ref_log_prob"] = jagged(reference_of(drawn, old), drawn)
         rollouts = with_passes(rollouts, passes, stack)
         if settings.owns_credit(stack):
             credit = stack.credit(rollouts, None)
@@ -256,9 +268,15 @@ class VerlSide:
             packed, packing = rows_of_verl.pack(stack.update_columns(rollouts, credit))
             fields |= packed | {rows_of_verl.REAL: list(torch.ones(rows, 1).unbind())}
             frame = Frame(number, rollouts.kinds, stack.step.shared_by_all(), packing)
+        if stack.needs("together"):
+            units = together.units_of(stack, rollouts, credit.groups)
+            fields[together.UNIT] = list(units[:, None].unbind())
         for name, values in fields.items():
             filler = _padding_row(name, values)
             fields[name] = [*values, *[filler] * padding]
+        if stack.needs("together"):
+            order = together.dealt(torch.cat([units, -1 - torch.arange(padding)]), self.ranks, 1)
+            fields = {name: [values[row] for row in order] for name, values in fields.items()}
         parts = [self._train(fields, rows + padding, frame, micro) for _ in range(self.passes)]
         metrics = {name: sum(part[name] for part in parts) / self.passes for name in parts[0]}
         stack.end_step(rollouts, credit, self)  # type: ignore[arg-type]
@@ -329,7 +347,9 @@ def verl_settings(case: Case) -> dict[str, Any]:
         "algorithm": {"adv_estimator": "grpo"},
         "actor_rollout_ref": {"rollout": {"n": case.group_size}, "actor": {"strategy": "fsdp2"}},
     }
-    for path, value in (case.settings or {}).items():
+    actor = "actor_rollout_ref.actor"
+    given = {f"{actor}.use_kl_loss": True, f"{actor}.kl_loss_coef": 0.0} if case.reference else {}
+    for path, value in (given | dict(case.settings or {})).items():
         node = config
         *parents, name = path.split(".")
         for parent in parents:
@@ -340,7 +360,7 @@ def verl_settings(case: Case) -> dict[str, Any]:
 
 def sequences(drawn: Drawn) -> dict[str, list[Any]]:
     """The columns that verl's engine reads."""
-    sizes = _sizes(drawn)
+    sizes = response_lengths(drawn)
     found: dict[str, list[Any]] = {}
     for row, prompt in enumerate(drawn.prompts):
         first, rest = torch.tensor(prompt), drawn.responses[row, : sizes[row]]
@@ -355,7 +375,7 @@ def sequences(drawn: Drawn) -> dict[str, list[Any]]:
 
 def generated(drawn: Drawn) -> Any:
     """Rows as TransferQueue has them after generation."""
-    rows, sizes = len(drawn.prompt), _sizes(drawn)
+    rows, sizes = len(drawn.prompt), response_lengths(drawn)
     scores = [torch.cat([torch.zeros(size - 1), score]) for size, score in zip(sizes, drawn.scores, strict=True)]
     objects = {
         "uid": [f"uid{int(place)}" for place in drawn.prompt], "extra_fields": [
@@ -368,13 +388,14 @@ def generated(drawn: Drawn) -> Any:
     return rows_of_verl.stored(sequences(drawn) | {"rm_scores": scores} | objects, rows)
 
 
-def _sizes(drawn: Drawn) -> list[int]:
+def response_lengths(drawn: Drawn) -> list[int]:
+    """Tokens of each response, tool output included."""
     return ((torch.arange(drawn.mask.shape[1]) + 1) * (drawn.responses != 0)).amax(1).tolist()
 
 
 def jagged(column: Tensor, drawn: Drawn) -> Tensor:
     """A response column as verl's passes give it."""
-    rows = [row[:size] for row, size in zip(column, _sizes(drawn), strict=True)]
+    rows = [row[:size] for row, size in zip(column, response_lengths(drawn), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 

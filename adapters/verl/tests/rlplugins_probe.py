@@ -1,7 +1,7 @@
 """A plugin that has something to do in every phase and writes down what it saw."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,82 @@ from rlplugins import Plugin, hookimpl, needs
 from rlplugins.rollouts import Requests, Rollouts, Sampling, concatenate
 
 HALF = 16
+ONLY = 60
+"""The token that steered requests draw."""
 
 
-class Probe(Plugin):
+class Noting(Plugin):
+    """Writes down what its hooks saw."""
+
+    log_file: str
+    """Where to write."""
+
+    def note(self, hook: str, **seen: Any) -> None:
+        with Path(self.log_file).open("a") as log:
+            log.write(json.dumps({"hook": hook, **seen}) + "\n")
+
+
+class Steer(Noting):
+    """Draws the second response to each prompt from one token only, and asks the engine for responses of its own."""
+
+    name = "steer"
+    needs = (needs.ENGINE, needs.column("rollout_log_probs"))
+
+    @hookimpl
+    def sampling_params(self, sampling: Sampling, requests: Requests) -> Sampling:
+        return steered(sampling, requests.draw == 1)
+
+    @hookimpl
+    def process_logits(self, logits: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+        return drawn_from_one(logits, numbers)
+
+    @hookimpl
+    def extend_rollouts(self, rollouts: Rollouts, prompts: Any, engine: Any) -> Rollouts:
+        free = ~forced(rollouts)
+        given = engine.log_probs(rollouts.prompts, rollouts.responses, rollouts.mask)
+        difference = ((given - rollouts.rollout_log_probs) * rollouts.mask).abs().amax(1)
+        self.note(
+            "extend_rollouts", forced=(~free).tolist(), groups=rollouts.groups.tolist(),
+            difference=float(difference[free].max()),
+        )  # fmt: skip
+        self.probe(prompts, engine)
+        return rollouts
+
+    def probe(self, prompts: Any, engine: Any) -> None:
+        chosen = prompts.select(torch.tensor([5, 9]))
+        requests = Requests.of(chosen, torch.tensor([2, 1]))
+        sampling = engine.sampling(3)
+        short = replace(sampling, max_tokens=torch.tensor([4, 4, 7]))
+        made = engine.generate(requests, steered(short, requests.draw == 0))
+        greedy = engine.generate(requests, greedy=True, score=False)
+        self.note(
+            "engine.generate", keys=made.prompt_keys.tolist(), wanted=chosen.keys[requests.prompt].tolist(),
+            lengths=made.mask.sum(1).tolist(), forced=forced(made).tolist(),
+            scores=made.scores.flatten().tolist(), greedy=greedy.responses.tolist(),
+            unscored=bool(greedy.scores.isnan().all()), kinds=made.kind.tolist(),
+        )  # fmt: skip
+
+
+def forced(rollouts: Rollouts) -> Tensor:
+    """(B,) bool, the responses that consist of the one token."""
+    return ((rollouts.responses == ONLY) | ~rollouts.mask).all(1)
+
+
+def steered(sampling: Sampling, which: Tensor) -> Sampling:
+    """The sampling with the one token for the rows `which` (B,), and none for the others."""
+    return replace(sampling, numbers={"only": torch.where(which, ONLY, -1)})
+
+
+def drawn_from_one(logits: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """Logits (N, V) that leave each request its one token, where it has one."""
+    if "only" not in numbers:
+        return logits
+    only = numbers["only"][:, None]
+    others = torch.arange(logits.shape[1], device=logits.device) != only
+    return logits.masked_fill((only >= 0) & others, -torch.inf)
+
+
+class Probe(Noting):
     """Draws from the first half of the pool, 2 and 6 responses in turn; adds an expert row, drops a row."""
 
     name = "probe"
@@ -25,16 +98,9 @@ class Probe(Plugin):
         needs.column("difficulty"), needs.column("ref_log_probs"), needs.column("components"),
     )  # fmt: skip
 
-    log_file: str
-    """Where to write."""
-
     def init_state(self, run: Any) -> dict[str, Any]:
         run.table.add_column("seen", torch.int64, 0)
         return {"steps": 0, "validations": 0}
-
-    def note(self, hook: str, **seen: Any) -> None:
-        with Path(self.log_file).open("a") as log:
-            log.write(json.dumps({"hook": hook, **seen}) + "\n")
 
     @hookimpl
     def prompt_weights(self, prompts: Any) -> Tensor:
@@ -65,7 +131,16 @@ class Probe(Plugin):
 
     @hookimpl
     def sampling_params(self, sampling: Sampling, requests: Requests) -> Sampling:
-        return replace(sampling, max_tokens=torch.where(requests.draw == 0, 3, sampling.max_tokens))
+        short = replace(sampling, max_tokens=torch.where(requests.draw == 0, 3, sampling.max_tokens))
+        return steered(short, requests.draw == 2)
+
+    @hookimpl
+    def process_logits(self, logits: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+        return drawn_from_one(logits, numbers)
+
+    @hookimpl
+    def reference_policy(self, step: Any) -> str:
+        return "current" if step.number else "initial"
 
     @hookimpl
     def extend_rollouts(self, rollouts: Rollouts, engine: Any, step: Any) -> Rollouts:
@@ -76,7 +151,8 @@ class Probe(Plugin):
             "extend_rollouts", drawn=drawn.tolist(), lengths=lengths.tolist(), groups=rollouts.groups.tolist(),
             hinted=[len(prompt) for prompt in rollouts.prompts], kinds=list(rollouts.kinds), prompts=prompts,
             prefix=rollouts.prefix.sum(1).tolist() if rollouts.prefix is not None else None,
-            start=rollouts.responses[:, :2].tolist(), difficulty=torch.as_tensor(rollouts["difficulty"]).tolist(),
+            start=rollouts.responses[:, :2].tolist(), steered=forced(rollouts).tolist(),
+            difficulty=torch.as_tensor(rollouts["difficulty"]).tolist(),
             keys=rollouts.prompt_keys.tolist(), version=rollouts.version.tolist(), names=list(rollouts.component_names),
         )  # fmt: skip
         expert = rollouts.select(torch.tensor([0])).unguarded()
@@ -106,7 +182,7 @@ class Probe(Plugin):
         self.note(
             "shape_advantages", rows=len(rollouts), groups=rollouts.groups.tolist(), kind=rollouts.kind.tolist(),
             old=float(rollouts.old_log_probs.sum()), entropy=float(entropy.sum()),
-            reference=float(rollouts.ref_log_probs.sum()),
+            reference=float((rollouts.ref_log_probs - rollouts.old_log_probs).abs().max()),
         )  # fmt: skip
         return advantages
 

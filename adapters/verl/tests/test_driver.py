@@ -12,9 +12,11 @@ from test_config import composed
 
 from rlplugins.errors import ConfigurationError, RlpluginsError, StackError, StateError
 from rlplugins.table import PromptTable
-from rlplugins_verl import driver, worker
+from rlplugins_verl import driver, settings, worker
 from rlplugins_verl.cpu import launch
 from rlplugins_verl.pool import Pool
+
+MICRO = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,11 @@ def test_a_stack_is_a_trainer_derived_from_verls(registry: dict[str, Any], confi
         (["+rlplugins.plugins=[bnpo,gtpo]"], StackError, "owners"),
         (["+rlplugins.stack=missing.yaml"], ConfigurationError, "missing.yaml"),
         (
+            ["+rlplugins.plugins=[p3o]", "actor_rollout_ref.actor.use_kl_loss=True", MICRO],
+            StackError,
+            "set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+        ),
+        (
             ["+rlplugins.plugins=[bapo]", "algorithm.rollout_correction.rollout_is=token"],
             ConfigurationError,
             "rollout_is",
@@ -67,6 +74,24 @@ def test_what_cannot_run_is_refused_when_the_trainer_is_made(
     with pytest.raises(error) as refused:
         registry["rlplugins_sync"](config(*overrides))
     assert said in str(refused.value)
+
+
+def test_another_version_of_verl_is_refused_when_the_trainer_is_made(
+    registry: dict[str, Any], config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "version", lambda name: "0.10.2")
+    with pytest.raises(ConfigurationError, match=r"verl 0\.10\.2 is installed.*>=0\.9,<0\.10"):
+        registry["rlplugins_sync"](config("+rlplugins.plugins=[bapo]"))
+
+
+def test_an_engine_without_a_rule_for_logits_keeps_its_options(
+    registry: dict[str, Any], config: Callable[..., Any]
+) -> None:
+    options = config("+rlplugins.plugins=[bapo]")
+    registry["rlplugins_sync"](options)
+    assert "light" not in options.actor_rollout_ref.rollout.engine_kwargs
+    registry["rlplugins_sync"](options := config("+rlplugins.plugins=[hapo-token]"))
+    assert set(options.actor_rollout_ref.rollout.engine_kwargs.light) == {"additional_config", "logits_processors"}
 
 
 def test_the_separate_mode_is_refused_with_the_reason(registry: dict[str, Any], config: Callable[..., Any]) -> None:

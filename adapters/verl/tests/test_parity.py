@@ -14,19 +14,13 @@ from parity import Case, Drawn, LocalSide, Result, VerlSide
 
 from rlplugins.errors import StackError
 from rlplugins.registry import installed
-from rlplugins.stack import StackConfig
+from rlplugins.stack import Stack, StackConfig
 from rlplugins_verl import settings
 
 STACKS: dict[str, Case] = {
     "grpo": Case({"plugins": ["grpo"], "owners": {"policy_loss": "ppo_clip"}}),
     "dr_grpo": Case({"plugins": ["dr_grpo"]}),
-    "bnpo": Case({"plugins": ["bnpo"]}),
-    "knapsack": Case({"plugins": ["knapsack"]}),
-    "bapo": Case({"plugins": ["bapo"]}),
     "bapo_twice": Case({"plugins": ["dr_grpo", "bapo"]}, passes=2),
-    "d3s": Case({"plugins": ["d3s"]}),
-    "gtpo": Case({"plugins": ["gtpo"]}),
-    "spo": Case({"plugins": ["spo"]}, group_size=1),
     "three": Case({"plugins": ["bnpo", "bapo", "knapsack"]}),
     "entropy_bonus": Case(
         {"plugins": ["dr_grpo"], "owners": {"policy_loss": "cispo"}},
@@ -39,25 +33,35 @@ STACKS: dict[str, Case] = {
         local={"reduction": "sequence_mean"},
     ),
 }
+STACKS["kl"] = Case(
+    {"plugins": ["bapo"]},
+    reference=True,
+    settings={"actor_rollout_ref.actor.kl_loss_type": "mse", "actor_rollout_ref.actor.kl_loss_coef": 0.1},
+    local={"kl": "k2", "kl_coefficient": 0.1},
+)
 STACKS["rank-grpo"] = Case({"plugins": [{"rank-grpo": {"n_ranks": 3}}]}, components=3)
-WITHOUT = {"hapo-token": "process_logits"}
-"""Plugins with a hook that has no place in verl, and works without it."""
-REFUSED = {"p3o": "together"}
-"""Plugins that verl cannot run, and the need that it does not meet."""
+IDLE_SUFFIX = ", one rank idle"
+IDLE = f"p3o{IDLE_SUFFIX}"
+"""`p3o` again, on ranks of which one has fewer micro-batches than the other."""
 
 
-def stack_of(name: str) -> dict[str, Any]:
-    return {"plugins": [name], "off": [f"{name}.{WITHOUT[name]}"]} if name in WITHOUT else {"plugins": [name]}
+def case_of(name: str) -> Case:
+    """A plugin alone, with what it needs."""
+    stack = Stack([name])
+    low, high = stack.group_sizes
+    size = int(min(max(4, low), high))
+    return Case({"plugins": [name]}, group_size=size, reference="ref_log_probs" in stack.needed_columns)
 
 
-STACKS |= {name: Case(stack_of(name)) for name in installed() if name not in STACKS and name not in REFUSED}
+PREFERENCES = {name for name in installed() if Stack([name]).claims("preference_loss")}
+STACKS |= {name: case_of(name) for name in installed() if name not in STACKS and name not in PREFERENCES}
 
 
-def test_what_verl_cannot_run_is_refused_for_the_reason_that_is_written_here() -> None:
-    for name, need in REFUSED.items():
-        with pytest.raises(StackError) as refused:
+def test_methods_of_preferences_are_refused() -> None:
+    assert PREFERENCES
+    for name in PREFERENCES:
+        with pytest.raises(StackError, match="preference"):
             settings.build_stack(parity.verl_settings(Case({})), StackConfig(plugins=[name]), "sync")
-        assert settings.REMEDIES[need] in str(refused.value)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +126,7 @@ def test_micro_batches_and_rows_that_fill_the_batch_change_nothing(
         close(mine, other)
 
 
-@pytest.mark.parametrize("name", ["bapo_twice", "gtpo", "d3s"])
+@pytest.mark.parametrize("name", ["bapo_twice", "gtpo", "d3s", "p3o"])
 def test_micro_batches_that_are_cut_by_tokens_change_nothing(
     name: str, folder: Path, verl_side: VerlSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,8 +180,9 @@ def test_two_ranks_give_what_one_gives(folder: Path, verl_side: VerlSide, tmp_pa
     ]
     assert [process.wait(600) for process in ranks] == [0, 0]
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for name, case in STACKS.items():
-        for number, (mine, _) in enumerate(both(folder, verl_side, replace(case, dense=True))):
+    for name in (*STACKS, IDLE):
+        case = replace(STACKS[name.removesuffix(IDLE_SUFFIX)], dense=True)
+        for number, (mine, _) in enumerate(both(folder, verl_side, case)):
             kept = found[name][number]
             assert kept["loss"] == pytest.approx(mine.loss, rel=1e-5, abs=1e-5), name
             for parameter, gradient in mine.gradient.items():

@@ -62,8 +62,12 @@ def training_workers(driver: int) -> list[int]:
     return found
 
 
-def test_prompts_ahead_of_the_updates_and_two_ranks(tmp_path: Path) -> None:
-    overrides = [*with_stack("bnpo", "bapo", mode="colocate_async"), "trainer.save_freq=2", "trainer.test_freq=2"]
+def test_prompts_ahead_of_the_updates_and_two_ranks_that_keep_groups_whole(tmp_path: Path) -> None:
+    """Prompts are chosen ahead of the updates; `p3o` raises if a micro-batch of either rank has less than a whole group."""
+    overrides = [
+        *with_stack("p3o", mode="colocate_async"), "trainer.save_freq=2", "trainer.test_freq=2",
+        "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+    ]  # fmt: skip
     folder = tiny.write(tmp_path / "run")
     command = launch.command(folder, overrides, ranks=2, steps=3)
     done = subprocess.run(command, cwd=folder, env=launch.environment(), capture_output=True, text=True, check=False)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from rlplugins import bindings
 from rlplugins.defaults import BUILTINS
 from rlplugins.errors import ConfigurationError, RlpluginsError, StackError
+from rlplugins.imports import after_import
 from rlplugins.registry import make_builtin
 from rlplugins.stack import Stack, StackConfig
-from rlplugins_verl import bindings, doctor, install, settings, study
+from rlplugins_verl import doctor, install, settings, study
 from rlplugins_verl.adapter import adapter
-from rlplugins_verl.imports import after_import
+from rlplugins_verl.bindings import BASE, POINTS
 
 
 def config(**given: Any) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def build(*plugins: Any, mode: str = "sync", **given: Any) -> Stack:
         ({"actor_rollout_ref__actor__policy_loss__loss_mode": "gspo"}, "policy_loss", "gspo"),
         ({"actor_rollout_ref__actor__clip_ratio_high": 0.28}, "clip_range", {"fixed": {"low": 0.2, "high": 0.28}}),
         ({}, "kl_penalty", "none"),
-        ({"actor_rollout_ref__actor__use_kl_loss": True}, "kl_penalty", {"k3": {"coefficient": 0.001}}),
+        ({"actor_rollout_ref__actor__use_kl_loss": True}, "kl_penalty", {"k3": {"coefficient": 0.001, "cut": 10.0}}),
         ({"actor_rollout_ref__actor__loss_agg_mode": "seq-mean-token-mean"}, "reduce_loss", "sequence_mean"),
         ({"actor_rollout_ref__actor__loss_agg_mode": "seq-mean-token-sum"}, "reduce_loss", {"sequence_sum": {"constant": 1.0}}),
     ],
@@ -88,6 +90,7 @@ def test_a_setting_without_a_builtin_is_refused_where_a_plugin_touches_its_part(
         (["spo"], {}, "actor_rollout_ref.rollout.n=1"),
         (["grpo"], {"actor_rollout_ref__rollout__n": 1}, "actor_rollout_ref.rollout.n=2"),
         (["bnpo"], {"algorithm__use_kl_in_reward": True}, "use_kl_loss=True"),
+        (["pf-ppo"], {"algorithm__use_pf_ppo": True}, "algorithm.use_pf_ppo=True"),
         (["bapo"], {"algorithm__rollout_correction__rollout_is": "token"}, "rollout_correction.rollout_is"),
         (["bapo"], {"actor_rollout_ref__actor__strategy": "megatron"}, "fsdp2"),
         (["knapsack"], {"algorithm__filter_groups__enable": True}, "filter_groups.enable"),
@@ -195,15 +198,15 @@ def test_a_stack_under_the_deprecated_trainer_is_refused(mode: str) -> None:
 
 
 def test_a_point_with_another_signature_is_named(tmp_path: Path) -> None:
-    for point in bindings.POINTS:
+    for point in POINTS:
         path = tmp_path / point.file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    base = tmp_path / bindings.BASE
+    base = tmp_path / BASE
     base.write_text(
         "def register_trainer(name): ...\nclass PPOTrainer:\n    def fit(self, manager, *, resume=True): ...\n"
     )
-    found = {point.name: now for point, now in bindings.changed(tmp_path)}
+    found = {point.name: now for point, now in bindings.changed(POINTS, tmp_path)}
     assert found["register_trainer"] == "(name)"
     assert found["PPOTrainer.fit"] == "(manager, *, resume)"
     assert found["PPOTrainer.on_step_end"] == "absent"

@@ -2,8 +2,10 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rlplugins_verl.cpu.launch import environment
 
@@ -11,7 +13,7 @@ os.environ.update(environment())
 
 import parity
 import torch
-from test_parity import STACKS
+from test_parity import IDLE, STACKS
 
 
 def main() -> None:
@@ -20,19 +22,33 @@ def main() -> None:
     side = parity.VerlSide(folder, rank, 2, port)
     found: dict[str, list[dict]] = {}
     for name, case in STACKS.items():
-        case = replace(case, dense=True)
-        local = parity.LocalSide(folder, case)
-        side.begin(case)
-        found[name] = []
-        for number in range(parity.STEPS):
-            drawn = parity.draw(case, number, 259, 24)
-            _, entropy = side.old_log_probs(drawn)
-            made = side.step(drawn, number, entropy, local.old_log_probs(drawn), micro=4)
-            found[name].append({"loss": made.loss, "gradient": made.gradient})
+        found[name] = list(steps(folder, side, replace(case, dense=True)))
+    side.tokens = smaller_share(STACKS["p3o"])
+    found[IDLE] = list(steps(folder, side, replace(STACKS["p3o"], dense=True)))
     if rank == 0:
         torch.save(found, output / "gradients.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def steps(folder: Path, side: parity.VerlSide, case: parity.Case) -> Iterator[dict[str, Any]]:
+    """Loss and gradient of each step."""
+    local = parity.LocalSide(folder, case)
+    side.begin(case)
+    for number in range(parity.STEPS):
+        drawn = parity.draw(case, number, 259, 24)
+        _, entropy = side.old_log_probs(drawn)
+        made = side.step(drawn, number, entropy, local.old_log_probs(drawn), micro=4)
+        yield {"loss": made.loss, "gradient": made.gradient}
+
+
+def smaller_share(case: parity.Case) -> int:
+    """Tokens of the first step's smaller half: as the limit of a micro-batch it gives one rank one, the other several."""
+    drawn = parity.draw(case, 0, 259, 24)
+    tokens = torch.tensor([len(prompt) for prompt in drawn.prompts]) + torch.tensor(parity.response_lengths(drawn))
+    halves = tokens.view(2, -1).sum(1)
+    assert int(halves.min()) < int(halves.max())
+    return int(halves.min())
 
 
 main()

@@ -21,6 +21,7 @@ SLOW = "The current node timed out during startup"
 """What Ray says if its node takes more than 30 s."""
 PROBE = """[rlplugins]
 probe = rlplugins_probe:Probe
+steer = rlplugins_probe:Steer
 """
 
 
@@ -32,7 +33,7 @@ class VerlRun:
         overrides: of verl.
         engine: `light` or `vllm`.
         steps: training steps.
-        probe: a folder with the plugin `probe`, if the stack has it.
+        probe: a folder with the plugins `probe` and `steer`, if the stack has one of them.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ def with_stack(*plugins: str, mode: str = "sync") -> list[str]:
 
 
 def install_probe(folder: Path) -> Path:
-    """The plugin `probe` as an installed distribution inside `folder`."""
+    """The plugins `probe` and `steer` as an installed distribution inside `folder`."""
     information = folder / "rlplugins_probe-0.1.dist-info"
     information.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("rlplugins_probe.py"), folder)

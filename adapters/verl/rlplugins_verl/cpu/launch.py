@@ -11,6 +11,9 @@ from rlplugins_verl.cpu import tiny
 
 MODULES = "rlplugins_verl.cpu.platform,rlplugins_verl.cpu.rollout"
 
+AGENTS = {"light": "light", "vllm": "single_turn_agent"}
+"""The agent loop of each engine."""
+
 
 def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """What every process of the run inherits."""
@@ -88,6 +91,7 @@ def command(
         f"{rollout}.log_prob_micro_batch_size_per_gpu=16",
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes=64",
         f"{rollout}.agent.num_workers=1",
+        f"{rollout}.agent.default_agent_loop={AGENTS[engine]}",
         "critic.strategy=fsdp2",
         "critic.fsdp.strategy=fsdp2",
         "critic.fsdp.use_torch_compile=False",

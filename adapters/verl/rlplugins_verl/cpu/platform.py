@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rlplugins_verl.imports import after_import
+from rlplugins.imports import after_import
 
 NAME = "cpu"
 

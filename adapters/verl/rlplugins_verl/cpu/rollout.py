@@ -2,7 +2,8 @@
 
 Chosen by `actor_rollout_ref.rollout.name=light` where `VERL_USE_EXTERNAL_MODULES` names this module. It speaks verl's server
 interface (token ids in, token ids and log-probs out, new weights after each step). Every response is a function of the
-weights' version, the prompt and how often that prompt was asked for, so two runs draw the same.
+weights' version, the prompt, the number of the draw, which the agent loop `light` hands on, and how often it was asked
+for, so two runs draw the same, whatever order their requests come in.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 
 import torch
 
-from rlplugins_verl.imports import after_import
+from rlplugins.imports import after_import
+from rlplugins_verl.logits import KEY, Rule, numbers_of, parts_of
 
 NAME = "light"
+DRAW = "draw"
+"""Sampling parameter: the number of the response among those to its prompt."""
 QUIET = 0.25  # seconds without a request after which those that wait are one batch
 APART = 0.02  # seconds between answers, so that they are stored in the order in which they are given
 
@@ -26,16 +30,19 @@ APART = 0.02  # seconds between answers, so that they are stored in the order in
 class LightServer:
     """The Ray actor."""
 
-    def __init__(self, model_path: str, response_length: int, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self, model_path: str, response_length: int, max_model_len: int, seed: int, options: dict[str, Any]
+    ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.end, self.words = tokenizer.eos_token_id, len(tokenizer)
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         self.response_length, self.max_model_len, self.seed = response_length, max_model_len, seed
+        self.rule = Rule(options["additional_config"][KEY]) if options else None
         self.version: int | None = None
         self.asked: Counter[Any] = Counter()
-        self.waiting: list[tuple[tuple[int, ...], dict[str, Any], asyncio.Future[Any]]] = []
+        self.waiting: list[tuple[tuple[int, ...], int, dict[str, Any], asyncio.Future[Any]]] = []
         self.serving: asyncio.Task[None] | None = None
 
     async def ready(self) -> bool:
@@ -47,7 +54,7 @@ class LightServer:
         from verl.workers.rollout.replica import TokenOutput
 
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.waiting.append((tuple(prompt_ids), dict(sampling_params), answer))
+        self.waiting.append((tuple(prompt_ids), int(sampling_params.get(DRAW, 0)), dict(sampling_params), answer))
         if self.serving is None or self.serving.done():
             self.serving = asyncio.ensure_future(self._serve())
         tokens, log_probs = await answer
@@ -64,31 +71,33 @@ class LightServer:
             while number != len(self.waiting):
                 number = len(self.waiting)
                 await asyncio.sleep(QUIET)
-            batch, self.waiting = sorted(self.waiting, key=lambda request: request[0]), []
-            for prompt, params, answer in batch:
+            batch, self.waiting = sorted(self.waiting, key=lambda request: request[:2]), []
+            for prompt, draw, params, answer in batch:
                 try:
-                    result = await asyncio.to_thread(self._draw, prompt, params)
+                    result = await asyncio.to_thread(self._draw, prompt, draw, params)
                     answer.set_result(result)
                 except Exception as error:
                     answer.set_exception(error)
                 await asyncio.sleep(APART)
 
     @torch.inference_mode()
-    def _draw(self, prompt: tuple[int, ...], params: dict[str, Any]) -> tuple[list[int], list[float]]:
+    def _draw(self, prompt: tuple[int, ...], draw: int, params: dict[str, Any]) -> tuple[list[int], list[float]]:
         """One response to one prompt: tokens and their log-probs."""
         limit = params.get("max_tokens") or params.get("max_new_tokens") or self.response_length
         limit = max(1, min(int(limit), self.max_model_len - len(prompt)))
         temperature = float(params.get("temperature", 1.0))
-        times = self.asked[self.version, prompt]
-        self.asked[self.version, prompt] += 1
-        digest = hashlib.blake2b(repr((self.seed, self.version, prompt, times)).encode(), digest_size=7).digest()
+        times = self.asked[self.version, prompt, draw]
+        self.asked[self.version, prompt, draw] += 1
+        digest = hashlib.blake2b(repr((self.seed, self.version, prompt, draw, times)).encode(), digest_size=7).digest()
         source = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        ids, cache = torch.tensor([prompt]), None
+        ids, cache, parts = torch.tensor([prompt]), None, parts_of([numbers_of(params)], "cpu")
         tokens: list[int] = []
         log_probs: list[float] = []
         while len(tokens) < limit and (not tokens or tokens[-1] != self.end):
             output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache, logits = output.past_key_values, output.logits[0, -1, : self.words].float()
+            if self.rule is not None:
+                logits = self.rule(logits[None], parts)[0]
             log_prob = _narrowed(logits / (temperature or 1.0), params).log_softmax(-1)
             token = log_prob.argmax() if temperature == 0 else torch.multinomial(log_prob.exp(), 1, generator=source)[0]
             tokens.append(int(token))
@@ -145,7 +154,7 @@ def register_replica(module: ModuleType) -> None:
                 }
                 server = ray.remote(LightServer).options(**options).remote(
                     self.model_config.path, self.config.response_length, self.config.max_model_len or 512,
-                    self.config.seed + self.replica_rank,
+                    self.config.seed + self.replica_rank, dict(self.config.engine_kwargs.get(NAME) or {}),
                 )  # fmt: skip
                 await server.ready.remote()
                 self.servers, self._server_handle = [server], server
@@ -185,5 +194,19 @@ def register_sender(module: ModuleType) -> None:
     module._ROLLOUT_REGISTRY[(NAME, "async")] = f"{__name__}.LightSender"
 
 
+def register_loop(module: ModuleType) -> None:
+    """verl's agent loop for one turn, which says which draw it is."""
+    from verl.experimental.agent_loop.agent_loop import register
+
+    class LightAgentLoop(module.SingleTurnAgentLoop):  # type: ignore[name-defined, misc]
+        async def run(self, sampling_params: dict[str, Any], **row: Any) -> Any:
+            return await super().run({**sampling_params, DRAW: row["session_id"]}, **row)
+
+    globals()["LightAgentLoop"] = LightAgentLoop
+    LightAgentLoop.__qualname__ = "LightAgentLoop"
+    register(NAME)(LightAgentLoop)
+
+
+after_import("verl.experimental.agent_loop.single_turn_agent_loop", register_loop)
 after_import("verl.workers.rollout.replica", register_replica)
 after_import("verl.workers.rollout.base", register_sender)

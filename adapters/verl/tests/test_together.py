@@ -1,0 +1,116 @@
+"""Rows that stay together are dealt and cut as whole units, whatever their sizes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlplugins.errors import ConfigurationError, RlpluginsError, StackError
+from rlplugins.stack import Stack, StackConfig
+from rlplugins.testing import make_rollouts
+from rlplugins_verl import settings as verl_settings
+from rlplugins_verl import together
+
+unit_numbers = st.lists(st.integers(0, 6), min_size=1, max_size=30)
+
+
+@settings(max_examples=25, deadline=None)
+@given(units=unit_numbers, limit=st.integers(1, 12), seed=st.integers(0, 5))
+def test_parts_hold_every_row_once_and_whole_units_up_to_the_limit(units: list[int], limit: int, seed: int) -> None:
+    numbers = torch.tensor(units)
+    costs = torch.randint(1, 4, (len(units),), generator=torch.Generator().manual_seed(seed))
+    parts = together.packed(numbers, costs, limit)
+    assert sorted(row for part in parts for row in part) == list(range(len(units)))
+    owners = [{units[row] for row in part} for part in parts]
+    assert sum(map(len, owners)) == len(set(units))
+    for part, owner in zip(parts, owners, strict=True):
+        assert int(costs[part].sum()) <= limit or len(owner) == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(ranks=st.integers(1, 3), mini_batches=st.integers(1, 3), each=st.integers(1, 3), size=st.integers(1, 4),
+       seed=st.integers(0, 9), alone=st.integers(0, 3))  # fmt: skip
+def test_every_rank_gets_whole_groups_in_every_mini_batch(
+    ranks: int, mini_batches: int, each: int, size: int, seed: int, alone: int
+) -> None:
+    groups = torch.arange(ranks * mini_batches * each).repeat_interleave(size)
+    groups = torch.cat([groups[alone:], -1 - torch.arange(min(alone, len(groups)))])  # rows that left, and fillers
+    groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+    order = together.dealt(groups, ranks, mini_batches)
+    assert sorted(order) == list(range(len(groups)))
+    parts = groups[order].view(ranks * mini_batches, each * size)
+    seen = [set(part.tolist()) for part in parts]
+    assert sum(map(len, seen)) == len(groups.unique())
+
+
+def test_equal_groups_stay_in_their_order() -> None:
+    assert together.dealt(torch.arange(4).repeat_interleave(2), 1, 2) == list(range(8))
+    assert together.dealt(torch.arange(4).repeat_interleave(2), 2, 2) == [
+        0,
+        1,
+        4,
+        5,
+        2,
+        3,
+        6,
+        7,
+    ]  # first rank, second rank
+
+
+def test_groups_that_do_not_fill_the_parts_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigurationError, match=r"2 rank\(s\).*ppo_mini_batch_size"):
+        together.dealt(torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), 2, 1)
+
+
+@pytest.mark.parametrize(("needed", "units"), [("group", [0, 0, 2, 3, 2, 5]), ("prompt", [0, 0, 0, 3, 3, 5])])
+def test_units_are_the_groups_or_the_prompts(needed: str, units: list[int]) -> None:
+    rollouts = make_rollouts([0.0] * 6, [0, 0, 0, 1, 1, 2])
+    rollouts.prompt_rows = torch.tensor([4, 4, 4, 1, 1, -1])
+
+    class Needing:
+        def needs(self, kind: str, value: str) -> bool:
+            return value == needed
+
+    groups = torch.tensor([0, 0, 5, -1, 5, -1])
+    assert together.units_of(Needing(), rollouts, groups).tolist() == units  # type: ignore[arg-type]
+
+
+ACTOR = {"ppo_mini_batch_size": 8, "ppo_micro_batch_size_per_gpu": 4, "use_kl_loss": True}
+
+
+def build(*plugins: str, ranks: int = 1, batch: int = 8, **actor: object) -> Stack:
+    config = {
+        "algorithm": {"adv_estimator": "grpo"},
+        "data": {"train_batch_size": batch, "max_prompt_length": 10, "max_response_length": 20},
+        "trainer": {"nnodes": 1, "n_gpus_per_node": ranks},
+        "actor_rollout_ref": {"rollout": {"n": 4}, "actor": {"strategy": "fsdp2", **ACTOR, **actor}},
+    }
+    return verl_settings.build_stack(config, StackConfig(plugins=list(plugins)), "sync")
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "said"),
+    [
+        ({"ppo_micro_batch_size_per_gpu": 3}, "ppo_micro_batch_size_per_gpu=4"),
+        ({"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 100}, "ppo_max_token_len_per_gpu=120"),
+        ({"ranks": 3}, "ppo_mini_batch_size to a multiple of 3"),
+        ({"shuffle": True}, "shuffle=False"),
+    ],
+)
+def test_settings_that_tear_groups_apart_are_refused_with_what_to_do(given_settings: dict, said: str) -> None:
+    with pytest.raises(StackError, match="p3o needs rows kept in one micro-batch") as refused:
+        build("p3o", **given_settings)
+    assert said in str(refused.value)
+    build("bnpo", **given_settings)
+
+
+def test_settings_that_keep_groups_are_accepted() -> None:
+    build("p3o", ranks=2, batch=32)
+    build("p3o", use_dynamic_bsz=True, ppo_max_token_len_per_gpu=120, ppo_micro_batch_size_per_gpu=1)
+
+
+def test_groups_whose_sizes_change_are_refused_where_verl_deals_out_equal_parts() -> None:
+    build("p3o", "knapsack")
+    for parts in ({"ranks": 2}, {"batch": 16}):
+        with pytest.raises(RlpluginsError, match=r"allocate_rollouts may change the sizes.*one rank"):
+            build("p3o", "knapsack", **parts)
