@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlplugins import Plugin, Prompts, Requests, Rollouts, Sampling, hookimpl, needs
 from rlplugins.errors import ConfigurationError, HookError
-from rlplugins.rollouts import Columns, ReadGuard, concatenate, prompt_key
+from rlplugins.rollouts import Columns, ReadGuard, concatenate, prompt_key, written_column
 from rlplugins.testing import credit, loss_and_gradient, make_pool, make_rollouts, start
 
 TOKEN_FIELDS = (
@@ -432,3 +432,19 @@ def test_columns_of_the_update_are_those_that_its_hooks_declared() -> None:
 def test_prompts_are_a_pool_or_a_choice() -> None:
     pool = make_pool(3)
     assert isinstance(pool, Prompts) and len(pool) == 3 and pool.table.size == 3
+
+
+def test_prompts_are_found_by_their_row_in_the_table() -> None:
+    chosen = make_pool(5).select(torch.tensor([4, 0, 2]))
+    assert chosen.positions(torch.tensor([2, 4, 3, -1, 0, 2])).tolist() == [2, 0, -1, -1, 1, 2]
+    outside = Prompts(chosen.keys, torch.full((3,), -1), chosen.table, chosen.texts)
+    assert outside.positions(torch.tensor([-1, 0])).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    "column", [torch.arange(3), torch.rand(3), torch.arange(3)[:, None], torch.rand(3, 2), torch.tensor([True, False, True]),
+               ["a", "b", "c"], [[1], [1, 2], [3]], [None, 1, 2], [["a"], ["b"], ["c"]]],
+)  # fmt: skip
+def test_a_column_that_was_written_on_the_requests_survives_the_way_through_a_trainer(column: Any) -> None:
+    found = written_column(column.tolist() if isinstance(column, Tensor) else column)
+    assert torch.equal(found, column) if isinstance(column, Tensor) else found == column

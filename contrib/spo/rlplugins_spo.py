@@ -58,6 +58,8 @@ class Spo(Plugin):
     """Scores of the initial policy: a field of the prompt file, a list each, or a `.json` file of lists by prompt."""
     n0: Annotated[int, Field(ge=0)] = 8
     """At most so many offline scores of a prompt are used, drawn at random if there are more."""
+    half_counts: bool = True
+    """Start from (S + 1/2) / (n0 + 1), as released; False: from the offline success rate S / n0 itself, as in the paper."""
 
     @model_validator(mode="after")
     def _check_rho(self) -> Spo:
@@ -218,11 +220,11 @@ class Spo(Plugin):
         n0 = torch.bincount(owner, minlength=len(run.pool))
         total = torch.bincount(owner, scores, minlength=len(run.pool))
         squares = torch.bincount(owner, scores.square(), minlength=len(run.pool))
-        known = n0 > 0
+        known, half = n0 > 0, 0.5 * self.half_counts
         if self.tracker == "beta":
-            self._write(run.pool.rows[known], start(total[known], n0[known], self.rho_min))
+            self._write(run.pool.rows[known], start(total[known], n0[known], self.rho_min, half))
         else:
-            self._write(run.pool.rows[known], start_mean(total[known], squares[known], n0[known], self.rho_min))
+            self._write(run.pool.rows[known], start_mean(total[known], squares[known], n0[known], self.rho_min, half))
 
 
 def sampling_weight(variance: Tensor, N: Tensor, gamma: float = 0.0, epsilon: float = 0.05) -> Tensor:
@@ -252,18 +254,18 @@ def update_mean(v: Tensor, variance: Tensor, N: Tensor, rho: Tensor, rewards: Te
     return v + eta * error, (1 - eta) * (variance + eta * error.square()), 1 / eta
 
 
-def start(successes: Tensor, n0: Tensor | int, rho_min: float = 0.875) -> tuple[Tensor, Tensor]:
-    """alpha0 = N0 (S + 1/2) / (n0 + 1), beta0 = N0 (n0 - S + 1/2) / (n0 + 1), N0 = 1 / (1 - rho_min), (M,) each."""
-    share = 1 / (1 - rho_min) / (n0 + 1)
-    return share * (successes + 0.5), share * (n0 - successes + 0.5)
+def start(successes: Tensor, n0: Tensor | int, rho_min: float = 0.875, half: float = 0.5) -> tuple[Tensor, Tensor]:
+    """alpha0 = N0 (S + half) / (n0 + 2 half), beta0 = N0 - alpha0, N0 = 1 / (1 - rho_min), (M,) each."""
+    share = 1 / (1 - rho_min) / (n0 + 2 * half)
+    return share * (successes + half), share * (n0 - successes + half)
 
 
 def start_mean(
-    total: Tensor, squares: Tensor, n0: Tensor | int, rho_min: float = 0.875
+    total: Tensor, squares: Tensor, n0: Tensor | int, rho_min: float = 0.875, half: float = 0.5
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v0, variance and N0 from the sums of n0 scores and of their squares, (M,) each: `start` for any scores."""
-    v = (total + 0.5) / (n0 + 1)
-    return v, ((squares + 0.5) / (n0 + 1) - v.square()).clamp(min=0), torch.full_like(v, 1 / (1 - rho_min))
+    v = (total + half) / (n0 + 2 * half)
+    return v, ((squares + half) / (n0 + 2 * half) - v.square()).clamp(min=0), torch.full_like(v, 1 / (1 - rho_min))
 
 
 def last_visits(rows: Tensor, counted: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlplugins import Plugin, Stack, hookimpl, needs, ops
 from rlplugins.errors import ConfigurationError, HookError, StackError
 from rlplugins.rollouts import Prompts, Rollouts, concatenate
-from rlplugins.testing import loss_and_gradient, make_pool, make_rollouts
+from rlplugins.testing import conformance, loss_and_gradient, make_pool, make_rollouts, stand_in
 from rlplugins.testing import start as start_stack
 from rlplugins.trainer import Trainer
 from rlplugins_spo import Spo, drift, forgetting, sampling_weight, start, start_mean, update, update_mean
@@ -467,6 +467,17 @@ def test_n0_of_zero_starts_without_the_offline_scores():
     assert column(stack, "alpha").tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("tracker", ["beta", "mean"])
+def test_the_papers_start_is_the_offline_success_rate(tracker: str):
+    stack, pool = worked_stack(half_counts=False, tracker=tracker)
+    v, variance, N = spo_of(stack).estimate(pool.rows)
+    expected = torch.tensor([0, 2, 5, 8]).double() / 8
+    torch.testing.assert_close(v, expected)
+    torch.testing.assert_close(variance, expected * (1 - expected))
+    assert N.tolist() == [8.0] * 4
+    assert spo_of(stack).prompt_weights(pool)[[0, 3]].tolist() == [0.05, 0.05]  # certain, and still not given up
+
+
 @FEW
 @given(st.integers(1, 20), st.data(), st.floats(0.1, 0.99))
 def test_the_start_weighs_as_much_as_a_visit_would_leave(n0: int, data: st.DataObject, rho_min: float):
@@ -578,16 +589,6 @@ class Groups(Plugin):
     needs = (needs.group_size(at_least=2),)
 
 
-class OtherRewards(Plugin):
-    name = "other_rewards"
-    breaks = frozenset({"unit_rewards", "response_rewards"})
-
-
-class Scaled(Plugin):
-    name = "scaled"
-    assumes = frozenset({"reward_scale"})
-
-
 class Allocator(Plugin):
     name = "allocator"
 
@@ -606,13 +607,13 @@ def test_groups_clash_with_one_response_per_prompt():
 
 def test_broken_facts_are_refused():
     with pytest.raises(StackError) as refused:
-        Stack(["spo", OtherRewards()])
+        Stack(["spo", stand_in(breaks=["unit_rewards", "response_rewards"])])
     assert "unit_rewards" in str(refused.value) and "response_rewards" in str(refused.value)
     with pytest.raises(StackError) as refused:
-        Stack([{"spo": {"tracker": "mean"}}, OtherRewards()])
+        Stack([{"spo": {"tracker": "mean"}}, stand_in(breaks=["unit_rewards", "response_rewards"])])
     assert "unit_rewards" not in str(refused.value) and "response_rewards" in str(refused.value)
-    with pytest.raises(StackError, match=r"reward_scale.*scaled assumes it, spo breaks it"):
-        Stack(["spo", Scaled()])
+    with pytest.raises(StackError, match=r"reward_scale.*other assumes it, spo breaks it"):
+        Stack(["spo", stand_in(assumes=["reward_scale"])])
 
 
 def test_other_owners_conflict():
@@ -675,3 +676,8 @@ def test_on_drifting_prompts_v_errs_less_than_a_group_of_eight_at_equal_cost_and
             group_wasted.append((ops.group_std(drawn, groups) == 0).float().mean())
     assert torch.stack(errors).mean() < torch.stack(group_errors).mean()
     assert torch.stack(wasted).mean() < 0.01 < torch.stack(group_wasted).mean()
+
+
+# what every plugin must do
+
+test_conformance = conformance("spo", [{}, {"rho_type": "constant"}, {"tracker": "mean", "gamma": 0.5}])
