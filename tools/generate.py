@@ -18,9 +18,17 @@ from hooks_page import plugins_by_hook
 from rlplugins import matrix
 
 ROOT = Path(__file__).resolve().parent.parent
-MATRIX = (
-    "# Which plugins run together\n\nEvery pair of contrib plugins with their defaults. Written by `make docs`.\n\n"
-)
+MATRIX = """# Which plugins run together
+
+Every pair of contrib plugins with their defaults. Written by `make docs`.
+
+{matrix}
+## Larger stacks
+
+Together they hold every pair that runs. The tests take a few real steps with each.
+
+{stacks}
+"""
 ARXIV = re.compile(r"\(arXiv (\d{4}\.\d{4,5})\)")
 
 
@@ -60,6 +68,13 @@ def gallery() -> str:
     return "\n".join(rows) + "\n"
 
 
+def matrix_page() -> str:
+    """Every pair of contrib plugins, and stacks that hold all pairs that run."""
+    pairs = matrix.pairs(sorted(folder.name for folder in members("contrib")))
+    stacks = "\n".join(f"- {', '.join(stack)}" for stack in matrix.covering(pairs))
+    return MATRIX.format(matrix=matrix.markdown(pairs), stacks=stacks)
+
+
 def generated() -> Iterator[tuple[Path, str]]:
     """Every file with a generated part, and the text that it should have."""
     root = ROOT / "pyproject.toml"
@@ -73,10 +88,7 @@ def generated() -> Iterator[tuple[Path, str]]:
         yield readme, between_markers(readme.read_text(), "gallery", ("<!-- ", " -->"), gallery())
     yield ROOT / "docs" / "hooks.md", hooks_page.page(plugins_by_hook())
     yield ROOT / "docs" / "claims.md", claims_page.page()
-    yield (
-        ROOT / "docs" / "matrix.md",
-        MATRIX + matrix.markdown(matrix.pairs(folder.name for folder in members("contrib"))),
-    )
+    yield ROOT / "docs" / "matrix.md", matrix_page()
 
 
 def main() -> None:
