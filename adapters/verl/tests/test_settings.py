@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlplugins import bindings
+from rlplugins.ablation import external
 from rlplugins.defaults import BUILTINS
 from rlplugins.errors import ConfigurationError, RlpluginsError, StackError
 from rlplugins.imports import after_import
@@ -216,7 +217,7 @@ def test_a_point_with_another_signature_is_named(tmp_path: Path) -> None:
 
 
 def test_a_study_adds_to_the_users_own_command_line(tmp_path: Path) -> None:
-    run = study.VerlRun(
+    run = external.ExternalRun(
         base="python -m verl.trainer.main_ppo data.train_files='a b.parquet'", overrides=["x=1"], seed=3, steps=5
     )
     words = study.arguments(run, tmp_path)
@@ -224,7 +225,7 @@ def test_a_study_adds_to_the_users_own_command_line(tmp_path: Path) -> None:
     assert words[-1] == "x=1"
     assert {"trainer.v1.trainer_mode=rlplugins_sync", f"+rlplugins.stack={tmp_path / 'stack.yaml'}", "data.seed=3",
             "trainer.total_training_steps=5", f"trainer.default_local_dir={tmp_path / 'checkpoint'}"} <= set(words)  # fmt: skip
-    other = study.VerlRun(base="verl trainer.v1.trainer_mode=colocate_async")
+    other = external.ExternalRun(base="verl trainer.v1.trainer_mode=colocate_async")
     assert "trainer.v1.trainer_mode=rlplugins_colocate_async" in study.arguments(other, tmp_path)
 
 
@@ -249,7 +250,7 @@ def test_metrics_of_a_resumed_run_are_one_line_per_step(tmp_path: Path) -> None:
 
     write("verl-0.jsonl", (0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3))
     write("verl-1.jsonl", (3, 0.35), (4, 0.4))
-    study.write_metrics(tmp_path)
+    study.TRAINER.write_metrics(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["reward"]) for line in lines] == [(1, 0.1), (2, 0.2), (3, 0.35), (4, 0.4)]
     assert "note" not in lines[0]
@@ -258,4 +259,4 @@ def test_metrics_of_a_resumed_run_are_one_line_per_step(tmp_path: Path) -> None:
 def test_a_study_with_a_wrong_field_says_which(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("base: verl\nstepz: 3\nseed: 0\nstack: {}\n")
     with pytest.raises(ConfigurationError, match=r"train\.stepz"):
-        study.read(tmp_path / "config.yaml")
+        external.read(tmp_path / "config.yaml")

@@ -1,0 +1,3 @@
+from rlplugins_openrlhf.cpu.launch import main
+
+main()

@@ -1,0 +1,130 @@
+"""Runs of OpenRLHF itself, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlplugins_openrlhf.cpu import launch, tiny
+
+SECONDS = 1500
+STARTED: list[subprocess.Popen[bytes]] = []
+HERE = Path(__file__).parent
+PROBES = (HERE / "rlplugins_openrlhf_probe.py", HERE.parents[1] / "verl" / "tests" / "rlplugins_probe.py")
+ENTRY = """[rlplugins]
+openrlhf-probe = rlplugins_openrlhf_probe:OpenRLHFProbe
+"""
+
+
+class OpenRLHFRun:
+    """A run on the tiny model.
+
+    Args:
+        folder: of its checkpoints, metrics and log; made if missing, so that a second run there may resume.
+        stack: as `--rlplugins` takes it; None: plain OpenRLHF.
+        further: flags.
+        steps: training steps.
+        paths: folders for PYTHONPATH.
+    """
+
+    def __init__(
+        self, folder: Path, stack: str | None, further: Sequence[str] = (), *, steps: int = 3, ranks: int = 1,
+        paths: Sequence[Path] = (),
+    ) -> None:  # fmt: skip
+        self.folder = tiny.write(folder)
+        number = len(list(folder.glob("*.log")))
+        self.log, self.board = folder / f"{number}.log", folder / f"board{number}"
+        environment = launch.environment()
+        environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], *map(str, paths)])
+        flags = ["--logger.tensorboard_dir", str(self.board), *further]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                launch.command(folder, stack, flags, ranks=ranks, steps=steps), cwd=folder, env=environment, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        STARTED.append(self.process)
+
+    def wait(self) -> OpenRLHFRun:
+        """Until it has come to a good end."""
+        self.wait_for(lambda: self.process.poll() is not None, running=False)
+        assert self.process.returncode == 0, self.tail()
+        return self
+
+    def fails(self) -> str:
+        """Its log, once it has failed."""
+        self.wait_for(lambda: self.process.poll() is not None, running=False)
+        assert self.process.returncode != 0
+        return self.log.read_text()
+
+    def wait_for(self, happened: Callable[[], bool], running: bool = True) -> None:
+        """Until something has happened, while it runs."""
+        started = time.monotonic()
+        while not happened():
+            assert not running or self.process.poll() is None, self.tail()
+            assert time.monotonic() - started < SECONDS, self.tail()
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """SIGKILL to the process that the user started; Ray's processes share its fate."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(60)
+
+    def tail(self, lines: int = 80) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """What OpenRLHF logged, one entry per step."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        steps: dict[int, dict[str, Any]] = {}
+        for file in sorted(self.board.rglob("events.*")):
+            events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+            events.Reload()
+            for name in events.Tags()["scalars"]:
+                for event in events.Scalars(name):
+                    steps.setdefault(int(event.step), {"step": int(event.step)})[name] = event.value
+        return [steps[number] for number in sorted(steps)]
+
+    def saved(self) -> int:
+        """The step of the latest whole checkpoint; 0 if there is none."""
+        note = self.folder / "checkpoints" / "_actor" / "latest"
+        return int(note.read_text().rpartition("step")[2]) if note.exists() else 0
+
+    def state(self, step: int) -> Path:
+        """The folder of the plugin state of a step."""
+        return self.folder / "checkpoints" / "rlplugins" / f"global_step{step}"
+
+
+def end_all() -> None:
+    """End the processes that a failed test has left behind."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait(60)
+
+
+def install_probe(folder: Path) -> Path:
+    """The plugin `openrlhf-probe` as an installed distribution inside `folder`."""
+    information = folder / "rlplugins_openrlhf_probe-0.1.dist-info"
+    information.mkdir(parents=True)
+    for probe in PROBES:
+        shutil.copy(probe, folder)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: rlplugins-openrlhf-probe\nVersion: 0.1\n")
+    (information / "entry_points.txt").write_text(ENTRY)
+    return folder
+
+
+def notes_of(file: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """What the probe wrote down, by hook."""
+    said = [json.loads(line) for line in file.read_text().splitlines()]
+    return lambda hook: [entry for entry in said if entry["hook"] == hook]

@@ -1,0 +1,255 @@
+"""What OpenRLHF's flags mean for a stack, the launcher, and the errors that come before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlplugins import Plugin, hookimpl
+from rlplugins.errors import ConfigurationError, StackError, StateError
+from rlplugins.registry import make_builtin
+from rlplugins.stack import Stack, StackConfig
+from rlplugins.steps import Run
+from rlplugins.testing import make_pool
+from rlplugins_openrlhf import install, launch, settings, study
+from rlplugins_openrlhf.adapter import adapter
+
+FLAGS = {
+    "rollout.batch_size": 4, "rollout.n_samples_per_prompt": 4, "rollout.temperature": 1.0, "rollout.top_p": 1.0,
+    "actor.num_nodes": 1, "actor.num_gpus_per_node": 2, "actor.eps_clip": 0.2, "algo.advantage.estimator": "group_norm",
+    "algo.kl.init_coef": 0.0, "reward.remote_url": ["reward.py"],
+}  # fmt: skip
+
+
+def flags(**changes: Any) -> SimpleNamespace:
+    """OpenRLHF's flags, nested; dots are written as two underscores."""
+    given = FLAGS | {name.replace("__", "."): value for name, value in changes.items()}
+    nested: dict[str, Any] = {}
+    for name, value in given.items():
+        *parents, last = name.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return as_namespace(nested)
+
+
+def as_namespace(node: Mapping[str, Any]) -> SimpleNamespace:
+    return SimpleNamespace(**{name: as_namespace(v) if isinstance(v, Mapping) else v for name, v in node.items()})
+
+
+def built(args: Any, *plugins: Any, **lines: Any) -> Stack:
+    return settings.build_stack(args, StackConfig(plugins=list(plugins), **lines))
+
+
+@pytest.mark.parametrize(
+    ("changes", "hook", "meant"),
+    [
+        ({}, "baseline", "group_mean"),
+        ({}, "advantage_scale", {"group_std": {"eps": 1e-9}}),
+        ({"algo__advantage__estimator": "dr_grpo"}, "advantage_scale", "one"),
+        ({"algo__advantage__estimator": "rloo"}, "baseline", "leave_one_out"),
+        ({"algo__advantage__estimator": "flash_reinforce"}, "baseline", "batch_mean"),
+        ({"algo__advantage__estimator": "gae", "algo__advantage__lambd": 0.9}, "compute_advantages",
+         {"gae": {"gamma": 1.0, "lam": 0.9}}),
+        ({}, "clip_range", {"fixed": {"low": 0.2, "high": 0.2}}),
+        ({"actor__eps_clip_low_high": (0.2, 0.3)}, "clip_range", {"fixed": {"low": 0.2, "high": 0.3}}),
+        ({"actor__dual_clip": 3}, "policy_loss", {"ppo_clip": {"dual_clip": 3.0}}),
+        ({"actor__policy_loss_type": "gspo"}, "reduce_loss", "sequence_mean"),
+        ({"actor__loss_agg_mode": "seq-mean-token-mean"}, "reduce_loss", "sequence_mean"),
+        ({}, "reduce_loss", "token_mean"),
+        ({}, "kl_penalty", "none"),
+        ({"algo__kl__init_coef": 0.1, "algo__kl__use_loss": True, "algo__kl__estimator": "k3"}, "kl_penalty",
+         {"k3": {"coefficient": 0.1}}),
+    ],
+)  # fmt: skip
+def test_a_flag_means_a_builtin(changes: dict[str, Any], hook: str, meant: Any) -> None:
+    found, missing = settings.builtins(flags(**changes))
+    assert found[hook] == meant
+    assert not missing
+    assert make_builtin(hook, meant)
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_baseline"])
+def test_an_estimator_without_a_counterpart_is_left_to_openrlhf_or_refused(estimator: str) -> None:
+    args = flags(algo__advantage__estimator=estimator)
+    assert not settings.owns_credit(built(args, "bapo"))  # no plugin touches the credit phase
+    assert built(args, "bnpo")  # a plugin owns what the flag would mean
+    with pytest.raises(ConfigurationError, match="no counterpart") as refused:
+        built(args, "knapsack")  # unequal groups: the stack computes the advantages itself
+    assert f"--algo.advantage.estimator {estimator}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "plugin", "reason"),
+    [
+        ({"algo__kl__init_coef": 0.1}, "bnpo", "add --algo.kl.use_loss"),
+        ({"reward__clip_range": (-1, 1)}, "bnpo", "--reward.clip_range"),
+        ({"algo__advantage__is_correction_level": "token"}, "bapo", "is_correction"),
+        ({"algo__kl__target": 0.1}, "bapo", "--algo.kl.target"),
+        ({"train__dynamic_batch_enable": True}, "bapo", "--train.dynamic_batch_enable"),
+        ({"algo__dynamic_filtering_enable": True}, "knapsack", "--algo.dynamic_filtering_enable"),
+        ({"train__async_enable": True}, "knapsack", "keeps a state"),
+        ({"data__max_images_per_prompt": 2}, "knapsack", "images"),
+    ],
+)
+def test_a_flag_that_cannot_be_combined_is_refused_by_name(changes: dict[str, Any], plugin: str, reason: str) -> None:
+    with pytest.raises((ConfigurationError, StackError), match=reason):
+        built(flags(**changes), plugin)
+    built(flags(), plugin)
+
+
+def test_a_stack_that_touches_another_part_leaves_the_flag_alone() -> None:
+    assert built(flags(algo__advantage__is_correction_level="token"), "bnpo")
+    assert built(flags(reward__clip_range=(-1, 1)), "bapo")
+    assert built(flags(train__async_enable=True), "bnpo", "bapo")
+
+
+def test_a_reward_model_scores_after_the_hooks_of_the_rollouts() -> None:
+    class Filter(Plugin):
+        name = "filter"
+
+        @hookimpl
+        def filter_rollouts(self, scores: torch.Tensor) -> torch.Tensor:
+            return torch.ones_like(scores)
+
+    stack = Stack([Filter()])
+    assert any("reward model" in line for line in settings.refusals(flags(reward__remote_url=None), stack))
+    assert settings.refusals(flags(), stack) == []
+
+
+def test_group_sizes_are_checked_against_the_flags() -> None:
+    with pytest.raises(StackError, match="n_samples_per_prompt 1"):
+        built(flags(), "spo")
+    with pytest.raises(StackError, match="n_samples_per_prompt 2"):
+        built(flags(rollout__n_samples_per_prompt=1, algo__advantage__estimator="flash_reinforce"), "bnpo")
+    assert built(flags(rollout__n_samples_per_prompt=1, algo__advantage__estimator="flash_reinforce"), "spo", "bapo")
+
+
+def test_the_engine_says_its_probabilities_only_where_they_are_those_it_drew_with() -> None:
+    assert "rollout_log_probs" in settings.declare(flags(), []).columns
+    assert "rollout_log_probs" not in settings.declare(flags(rollout__temperature=0.7), []).columns
+
+
+def test_an_untested_version_is_refused_with_those_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, works in {
+        "0.10.3": False,
+        "0.10.4": True,
+        "0.11.2": True,
+        "0.11.9.post1": True,
+        "0.12.0": False,
+    }.items():
+        monkeypatch.setattr(settings, "version", lambda name, version=version: version)
+        if works:
+            assert settings.check_version() == version
+        else:
+            with pytest.raises(ConfigurationError, match=r"0\.10\.4"):
+                settings.check_version()
+
+
+def test_the_stack_is_split_from_the_flags(tmp_path: Path) -> None:
+    config, rest = launch.split(["--a.b", "1", "--rlplugins", "bnpo,bapo", "--c"])
+    assert config.plugins == ["bnpo", "bapo"] and rest == ["--a.b", "1", "--c"]
+    (tmp_path / "stack.yaml").write_text("plugins: [{bapo: {target: 0.4}}]\n")
+    config, _ = launch.split([f"--rlplugins={tmp_path / 'stack.yaml'}"])
+    assert config.plugins == [{"bapo": {"target": 0.4}}]
+    assert launch.split(["--rlplugins", "[]"])[0].plugins == []
+    for wrong in (["--rlplugins"], ["--rlplugins", "bnpo", "--rlplugins", "bapo"], ["--rlplugins", "no/such.yaml"]):
+        with pytest.raises(ConfigurationError):
+            launch.split(wrong)
+
+
+def test_an_unknown_plugin_or_command_ends_with_one_line() -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rlplugins", "openrlhf", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run("train_sft", "--rlplugins", "bnpo")
+    assert done.returncode == 2 and "train_sft takes no stack; those that do: train_ppo_ray" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("train_ppo_ray", "--rlplugins", "bapoo")
+    assert done.returncode == 2 and "bapo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_stack_is_checked_when_the_flags_are_read() -> None:
+    module = ModuleType("config")
+    module.hierarchize = lambda args: args  # type: ignore[attr-defined]
+    install.check_flags(module, StackConfig(plugins=["spo"]))
+    with pytest.raises(StackError, match="n_samples_per_prompt"):
+        module.hierarchize(flags())  # type: ignore[attr-defined]
+
+
+def test_the_stack_owns_a_part_that_a_plugin_touches() -> None:
+    critic = {"algo__advantage__estimator": "gae"}
+    for plugin, credit, loss, values in (
+        ("bnpo", True, False, False),
+        ("bapo", False, True, False),
+        ("knapsack", True, True, True),
+        ("pf-ppo", True, True, True),
+    ):
+        args = flags(**({} if plugin == "bnpo" else critic))
+        stack = built(args, plugin)
+        found = settings.owns_credit(stack), settings.owns_loss(stack), settings.owns_critic(args, stack)
+        assert found == (credit, loss, values), plugin
+
+
+def test_the_state_of_another_stack_is_refused_when_the_flags_are_read(tmp_path: Path) -> None:
+    args = flags(ckpt__path=str(tmp_path), ckpt__load_enable=True)
+    other = Stack(["bapo"])
+    other.start(Run(1, 1, 1, make_pool(2)))
+    other.begin_step(0, 1)
+    settings.check_state(args, built(args, "bnpo"))  # no checkpoint yet
+    other.save(settings.state_folder(args, 4), 4)
+    (tmp_path / settings.ACTOR).mkdir()
+    (tmp_path / settings.ACTOR / "latest").write_text("best_global_step4")
+    settings.check_state(args, built(args, "bapo"))
+    with pytest.raises(StateError, match="delete that folder"):
+        settings.check_state(args, built(args, "bnpo"))
+
+
+def test_a_fit_binds_its_own_trainer_first() -> None:
+    class Actor:
+        def fit(self, global_step: int = 0) -> int:
+            return global_step
+
+    import rlplugins_openrlhf.trainer as trainer_module
+
+    seen: list[Any] = []
+    original, trainer_module.bind = trainer_module.bind, lambda *given: seen.append(given)  # type: ignore[assignment]
+    try:
+        fit = install.binding("PPOTrainer", Actor.fit, {"plugins": ["bapo"]})
+        actor = Actor()
+        assert fit(actor, global_step=3) == 3
+    finally:
+        trainer_module.bind = original
+    assert seen == [("PPOTrainer", actor, {"plugins": ["bapo"]}, {"global_step": 3})]
+
+
+def test_a_study_shows_its_flags() -> None:
+    base = "python -m openrlhf.cli.train_ppo_ray --rollout.n_samples_per_prompt 1 --algo.advantage.estimator reinforce"
+    declared = adapter.configured(
+        {"base": base, "overrides": ["--train.async_enable", "--actor.eps_clip_low_high", "0.2", "0.3"]}
+    )
+    assert declared.group_size == 1 and "engine" not in declared.provides
+    assert declared.defaults["clip_range"] == {"fixed": {"low": 0.2, "high": 0.3}}
+    assert adapter.configured({"base": "bash train.sh"}).group_size is None  # a script hides them
+    with pytest.raises(ConfigurationError, match=r"train\.bse"):
+        adapter.configured({"bse": base})
+
+
+def test_a_study_puts_its_cell_into_the_command_line(tmp_path: Path) -> None:
+    run = study.validated(
+        {"base": ["python", "-m", "openrlhf.cli.train_ppo_ray", "--a", "1"], "overrides": ["--b"]}, "train"
+    )
+    words = study.arguments(run, tmp_path)
+    assert words[:6] == ["python", "-m", "rlplugins_openrlhf", "train_ppo_ray", "--a", "1"] and words[-1] == "--b"
+    assert words[words.index("--rlplugins") + 1] == str(tmp_path / "stack.yaml") and "--ckpt.load_enable" in words
+    with pytest.raises(ConfigurationError, match="max_samples"):
+        study.arguments(study.validated({"base": "x", "steps": 3}, "train"), tmp_path)
