@@ -32,12 +32,9 @@ def test_the_entry_point_gives_a_plugin_of_that_name(slug: str) -> None:
     assert hook_names(plugin), "implements no hook"
 
 
-def test_the_docstrings_name_summary_and_source(slug: str) -> None:
-    plugin = registry.find(slug)
-    assert summary(plugin).endswith(".")
-    assert re.search(r"arXiv[: ]\d{4}\.\d{4,5}", ast.get_docstring(ast.parse(module_of(slug).read_text())) or "")
-    for name, _, _, meaning in configuration(plugin):
-        assert meaning, f"{name} is not documented"
+def test_it_runs_the_conformance_kit(slug: str) -> None:
+    tests = "".join(file.read_text() for file in (CONTRIB / slug / "tests").glob("test_*.py"))
+    assert re.search(rf'^test_\w+ = conformance\(\s*"{slug}"', tests, flags=re.MULTILINE)
 
 
 def test_the_readme_has_its_sections_and_the_summary(slug: str) -> None:
