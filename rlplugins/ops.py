@@ -142,7 +142,7 @@ def by_blocks(compute: Callable[..., Tensor], *columns: Tensor, out: Tensor | No
         *columns: (B, 1) or (B, T) each.
         out: where the result is written; may be one of the columns.
     """
-    size = max(1, CACHED // max(column.shape[1] for column in columns))
+    size = max(1, CACHED // max(1, *(column.shape[1] for column in columns)))
     if len(columns[0]) <= size or columns[0].device.type != "cpu":
         result = compute(*columns)
         return result if out is None else out.copy_(result)

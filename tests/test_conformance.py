@@ -406,6 +406,19 @@ def with_hints(rollouts):
     assert "failed" not in outcomes(pytester, body, ", rows=with_hints").values()
 
 
+def test_prompts_have_the_columns_that_the_plugin_reads(pytester: pytest.Pytester) -> None:
+    body = """
+    needs = (needs.column("level"),)
+
+    @hookimpl
+    def prompt_weights(self, prompts):
+        return 1 + prompts["level"].float()
+"""
+    assert outcomes(pytester, body)["hooks"] == "failed"
+    given = ', prompts=lambda count: {"level": torch.arange(count)}'
+    assert "failed" not in outcomes(pytester, body, given).values()
+
+
 def test_what_depends_on_the_cut_and_says_so_is_not_cut(pytester: pytest.Pytester) -> None:
     body = "    needs = (needs.ONE_RANK,)\n" + FAULTS["micro_batches"][1]
     found = outcomes(pytester, body)

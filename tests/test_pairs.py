@@ -13,7 +13,7 @@ from torch import Tensor
 from rlplugins import matrix, stack, update
 from rlplugins.hookspecs import HOOKS
 from rlplugins.registry import Entry
-from rlplugins.rollouts import Prompts, Rollouts
+from rlplugins.rollouts import Prompts, Requests, Rollouts
 from rlplugins.stack import Stack, StackConfig
 from rlplugins.testing import start
 from rlplugins_local import arithmetic
@@ -79,12 +79,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 def made(names: tuple[str, ...], recorded: Recorded) -> tuple[Stack, Rollouts]:
     """The stack of these plugins in its first step, and the rows that fit its group size and that it keeps."""
     plugins: list[Entry] = [{name: OPTIONS[name]} if name in OPTIONS else name for name in names]
-    opened = start(plugins, pool=recorded.pool, group_size=8)
-    rollouts = recorded.rollouts.select(torch.arange(64))
-    rollouts["place"] = torch.arange(64)
-    if opened.group_sizes[1] == 1:
-        opened = start(plugins, pool=recorded.pool, group_size=1)
-        rollouts = rollouts.select(torch.arange(0, 64, 8))
+    size = 1 if Stack(plugins).group_sizes[1] == 1 else 8
+    opened = start(plugins, pool=recorded.pool, group_size=size)
+    rollouts = recorded.rollouts.select(torch.arange(0, 64, 8 // size))
+    chosen = recorded.pool.select(recorded.pool.positions(rollouts.prompt_rows[::size]))
+    requests = opened.rewrite_prompts(Requests.of(chosen, torch.full((len(chosen),), size)))
+    for name in requests.columns.written:  # the texts were drawn without the hooks, but their columns are there
+        rollouts[name] = requests.columns[name]
+    rollouts["place"] = torch.arange(0, 64, 8 // size)
     return opened, opened.filter_rollouts(rollouts)
 
 

@@ -543,13 +543,15 @@ def with_turns(rollouts):
     return rollouts
 
 
-CODE = {"variant": "code", "turn": "turn", "max_steps": 4}
+KIT_CODE = {"variant": "code", "turn": "turn", "max_steps": 4}
 test_conformance = conformance(
-    "epo", [{}, {"trajectory": "trajectory"}, {"lam": 0.0}, CODE, {**CODE, "smooth_weights": True}], rows=with_turns
+    "epo",
+    [{}, {"trajectory": "trajectory"}, {"lam": 0.0}, KIT_CODE, {**KIT_CODE, "smooth_weights": True}],
+    rows=with_turns,
 )
 test_conformance_by_response = conformance(
     "epo",
-    [{**CODE, "level": "seq"}],
+    [{**KIT_CODE, "level": "seq"}],
     rows=with_turns,
     unless={"padding": "the code takes the mean over all columns, padding included"},
 )
