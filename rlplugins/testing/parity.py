@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlplugins.rollouts import Rollouts
-from rlplugins.stack import Credit, StackConfig
+from rlplugins.rollouts import Prompts, Requests, Rollouts
+from rlplugins.stack import Credit, Stack, StackConfig
 from rlplugins.testing.tiny import write_model
 
 STEPS = 2
@@ -123,7 +123,14 @@ def write_inputs(folder: Path, prompts: int = 24) -> Path:
 def problem(place: int) -> dict[str, Any]:
     """A line of the prompt file."""
     a, b = place // 10, place % 10
-    return {"prompt": [{"role": "user", "content": f"{a}+{b}="}], "difficulty": (a + b) / 18}
+    hints = {
+        name: [f"{name} of {a}+{b}"]
+        for name in ("knowledge_components_parts", "planning_skeleton_parts", "solution_breakdown_parts")
+    }
+    return {
+        "prompt": [{"role": "user", "content": f"{a}+{b}="}], "difficulty": (a + b) / 18,
+        "category": "carry" if a + b >= 10 else "none", **hints,
+    }  # fmt: skip
 
 
 class LocalSide:
@@ -185,6 +192,7 @@ class LocalSide:
             rollouts.ref_log_probs = reference_of(drawn, old)
         rollouts.columns["difficulty"] = torch.as_tensor(table["difficulty"])[drawn.prompt]
         rollouts.columns.written.discard("difficulty")
+        add_request_columns(stack, rollouts, table, drawn)
         credit = stack.credit(rollouts, None)
         self.gradient = {}
         metrics = trainer.update(rollouts, credit).as_dict()
@@ -194,6 +202,14 @@ class LocalSide:
             credit.advantages * drawn.mask, weights_of(credit, drawn.mask), metrics.get("loss", 0.0), self.gradient,
             {name: value for name, value in stack.metrics.as_dict().items() if name.startswith("rlplugins/")},
         )  # fmt: skip
+
+
+def add_request_columns(stack: Stack, rollouts: Rollouts, pool: Prompts, drawn: Drawn) -> None:
+    """Give the rows the columns that hooks write on their requests, although their texts were drawn without."""
+    positions, counts = torch.unique_consecutive(drawn.prompt, return_counts=True)
+    requests = stack.rewrite_prompts(Requests.of(pool.select(positions), counts))
+    for name in requests.columns.written:
+        rollouts[name] = requests.columns[name]
 
 
 def reference_of(drawn: Drawn, old: Tensor) -> Tensor:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlplugins.rollouts import Rollouts
 from rlplugins.stack import Credit, Stack, StackConfig
 from rlplugins.steps import Run
 from rlplugins.table import PromptTable
+from rlplugins.testing.parity import (
+    STEPS,
+    Case,
+    Drawn,
+    LocalSide,
+    Result,
+    add_request_columns,
+    problem,
+    reference_of,
+    weights_of,
+)
 from rlplugins.testing.tiny import make_tokenizer
+from rlplugins.together import units_of
 from rlplugins_verl import columns as rows_of_verl
 from rlplugins_verl import settings, together
 from rlplugins_verl.cpu import tiny
@@ -25,183 +34,22 @@ from rlplugins_verl.driver import for_verl, with_passes
 from rlplugins_verl.pool import Pool
 from rlplugins_verl.worker import FRAME, Frame, MiniBatchUpdate, decoded
 
-STEPS = 2
+POOL = 24
 
 
-@dataclass(frozen=True)
-class Case:
-    """Rollouts of two steps.
-
-    Attributes:
-        stack: as in a stack file.
-        group_size: responses per prompt.
-        dense: rewards anywhere in [0, 1], not only at its ends.
-        settings: of verl, by dotted path, beside the defaults.
-        local: the same settings of the local trainer.
-        rows: responses per step.
-        reference: whether a reference policy runs.
-        passes: over each step's rows; the second sees the present log-probs before its mini-batch.
-        components: numbers that the reward function gives beside the score.
-    """
-
-    stack: Mapping[str, Any]
-    group_size: int = 4
-    dense: bool = False
-    settings: Mapping[str, Any] | None = None
-    local: Mapping[str, Any] | None = None
-    rows: int = 16
-    reference: bool = False
-    passes: int = 1
-    components: int = 0
-
-
-@dataclass
-class Result:
-    """What one side made of a step.
-
-    Attributes:
-        advantages: (B, T).
-        weights: (B, T), W = w u m.
-        loss: of the mini-batch.
-        gradient: per parameter.
-    """
-
-    advantages: Tensor
-    weights: Tensor
-    loss: float
-    gradient: dict[str, Tensor]
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A step's rows as nested lists and tensors, of neither trainer."""
-
-    prompt: Tensor
-    prompts: list[list[int]]
-    responses: Tensor
-    mask: Tensor
-    scores: Tensor
-    noise: Tensor
-    components: Tensor
-
-
-def draw(case: Case, step: int, vocabulary: int, pool_size: int, width: int = 9) -> Drawn:
-    """Rows of unequal length, one with tokens of a tool in the middle, and old log-probs that differ from the present."""
-    source = torch.Generator().manual_seed(100 + step)
-    rows = case.rows
-    prompt = torch.arange(rows) // case.group_size
-    prompt = (prompt + 3 * step) % pool_size
-    sizes = torch.randint(1, width + 1, (rows,), generator=source)
-    sizes[0], sizes[1] = width, max(4, int(sizes[1]))
-    mask = torch.arange(width) < sizes[:, None]
-    mask[1, 1:3] = False
-    tokens = torch.randint(3, vocabulary, (rows, width), generator=source)
-    chances = torch.rand((rows, 1), generator=source)
-    scores = chances if case.dense else (chances > 0.5).float()
-    whole = torch.arange(width) < sizes[:, None]
-    prompts = [torch.randint(3, vocabulary, (5 + int(place) % 3,), generator=source).tolist() for place in prompt]
-    noise = 0.4 * torch.randn(rows, width, generator=source)
-    components = torch.rand((rows, case.components), generator=source)
-    return Drawn(prompt, prompts, tokens * whole, mask, scores, noise, components)
-
-
-def write_inputs(folder: Path, prompts: int = 24) -> Path:
-    """A model whose distributions are far from uniform, a prompt file, a reward function that is never asked."""
-    if (folder / "prompts.jsonl").exists():
-        return folder
-    tiny.write_model(folder / "model", hidden=32)
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model" / "model.safetensors")
-    scaled = {name: value * (1.0 if "norm" in name else 16.0) for name, value in weights.items()}
-    save_file(scaled, folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    lines = [{"prompt": row["prompt"], "difficulty": row["extra_info"]["difficulty"]} for row in data_rows(prompts)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "reward.py").write_text("def score(prompt, response):\n    return 0.0\n")
-    return folder
+def local_side(folder: Path, case: Case) -> LocalSide:
+    """The local trainer with verl's bound of the loss of a negative advantage."""
+    return LocalSide(folder, case, dual_clip=3.0)
 
 
 def data_rows(prompts: int) -> list[dict[str, Any]]:
-    """Rows of a data set as verl gives them."""
+    """The prompt file's lines as verl's data set gives them."""
+    lines = [problem(place) for place in range(prompts)]
     rows = [tiny.row(place, "train", place // 10, place % 10) for place in range(prompts)]
-    return [{**row, "raw_prompt": row["prompt"]} for row in rows]
-
-
-class LocalSide:
-    """The local trainer, whose optimiser does not move the weights."""
-
-    def __init__(self, folder: Path, case: Case) -> None:
-        from rlplugins_local.adapter import build_stack
-        from rlplugins_local.config import TrainConfig
-        from rlplugins_local.data import PromptFile, Scorer
-        from rlplugins_local.policy import Policy
-        from rlplugins_local.run import LocalTrainer
-
-        given = {
-            "model": folder / "model", "data": folder / "prompts.jsonl", "reward": f"{folder / 'reward.py'}:score",
-            "batch_size": case.rows, "group_size": case.group_size, "steps": STEPS, "dual_clip": 3.0, "device": "cpu",
-            "report_to": ["none"], "max_new_tokens": 9, "epochs": case.passes,
-        }  # fmt: skip
-        config = TrainConfig.model_validate(given | dict(case.local or {}))
-        data = PromptFile(config.data)
-        stack = build_stack(config, StackConfig.model_validate(dict(case.stack)), data.columns)
-        policy = Policy.load(config.model, torch.device("cpu"), torch.float32)
-        self.trainer = LocalTrainer(config, stack, policy, data, None, Scorer(config.reward, list(data.columns)))
-        self.trainer.optimiser_step = self._keep_gradient  # type: ignore[method-assign]
-        self.gradient: dict[str, Tensor] = {}
-        self.reference = case.reference
-        self.pool = self.trainer.pool
-
-    def _keep_gradient(self, metrics: Any) -> None:
-        named = self.trainer.policy.model.named_parameters()
-        self.gradient = {name: parameter.grad.clone() for name, parameter in named}
-        metrics.optimiser_steps += 1
-
-    def old_log_probs(self, drawn: Drawn) -> Tensor:
-        """Of the present weights, moved by the noise."""
-        from rlplugins_local.policy import Sequences
-
-        outputs = self.trainer.policy.passes(Sequences.of(drawn.prompts, drawn.responses, drawn.mask), 1.0, None)
-        return (outputs.log_probs + drawn.noise) * drawn.mask
-
-    def step(self, drawn: Drawn, number: int, entropy: Tensor | None, old: Tensor) -> Result:
-        """Credit, update and end of one step."""
-        trainer, stack = self.trainer, self.trainer.stack
-        stack.begin_step(number, STEPS, seed=1)
-        table = self.pool
-        rollouts = Rollouts(
-            prompt_keys=table.keys[drawn.prompt], prompt_rows=table.rows[drawn.prompt], groups=drawn.prompt.clone(),
-            prompts=drawn.prompts, responses=drawn.responses, mask=drawn.mask, scores=drawn.scores,
-            kind=torch.zeros(len(drawn.prompt), dtype=torch.int8), old_log_probs=old, entropy=entropy,
-            components=drawn.components if drawn.components.numel() else None,
-            component_names=tuple(f"part{place}" for place in range(drawn.components.shape[1])),
-        )  # fmt: skip
-        if self.reference:
-            rollouts.ref_log_probs = reference_of(drawn, old)
-        rollouts.columns["difficulty"] = torch.as_tensor(table["difficulty"])[drawn.prompt]
-        rollouts.columns.written.discard("difficulty")
-        credit = stack.credit(rollouts, None)
-        self.gradient = {}
-        metrics = trainer.update(rollouts, credit).as_dict()
-        stack.end_step(rollouts, credit, trainer.engine)
-        trainer.done += 1
-        return Result(
-            credit.advantages * drawn.mask, weights_of(credit, drawn.mask), metrics.get("loss", 0.0), self.gradient,
-            {name: value for name, value in stack.metrics.as_dict().items() if name.startswith("rlplugins/")},
-        )  # fmt: skip
-
-
-def reference_of(drawn: Drawn, old: Tensor) -> Tensor:
-    """Log-probs (B, T) of a reference policy that is near, and on some tokens far from the old one."""
-    return (old + 0.5 * drawn.noise.roll(1, 0) ** 3 - 2.5 * (drawn.noise > 0.8)) * drawn.mask
-
-
-def weights_of(credit: Credit, mask: Tensor) -> Tensor:
-    """W = w u m, (B, T)."""
-    w = credit.weights if credit.weights is not None else 1.0
-    u = credit.token_weights if credit.token_weights is not None else 1.0
-    return mask * w * u
+    return [
+        {**row, "raw_prompt": row["prompt"], "extra_info": {**row["extra_info"], **fields}}
+        for row, fields in zip(rows, ({k: v for k, v in line.items() if k != "prompt"} for line in lines), strict=True)
+    ]
 
 
 class VerlSide:
@@ -221,7 +69,7 @@ class VerlSide:
         self.gradient = {name: _whole(parameter.grad) for name, parameter in self.engine.module.named_parameters()}
         return 0.0
 
-    def begin(self, case: Case, prompts: int = 24) -> None:
+    def begin(self, case: Case, prompts: int = POOL) -> None:
         """A run with another stack."""
         self.passes = case.passes
         config = verl_settings(case)
@@ -252,6 +100,7 @@ class VerlSide:
         keys = [f"uid{int(place)}_{row}_0" for row, place in enumerate(drawn.prompt)]
         there = generated(drawn)
         rollouts = rows_of_verl.to_rollouts(there, keys, self.pool.prompts, number)
+        add_request_columns(stack, rollouts, self.pool.prompts, drawn)
         passes = {"old_log_probs": jagged(old, drawn), "entropy": jagged(entropy, drawn)}
         passes["ref_log_prob"] = jagged(reference_of(drawn, old), drawn)
         rollouts = with_passes(rollouts, passes, stack)
@@ -269,7 +118,7 @@ class VerlSide:
             fields |= packed | {rows_of_verl.REAL: list(torch.ones(rows, 1).unbind())}
             frame = Frame(number, rollouts.kinds, stack.step.shared_by_all(), packing)
         if stack.needs("together"):
-            units = together.units_of(stack, rollouts, credit.groups)
+            units = units_of(stack, rollouts, credit.groups)
             fields[together.UNIT] = list(units[:, None].unbind())
         for name, values in fields.items():
             filler = _padding_row(name, values)

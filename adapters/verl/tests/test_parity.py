@@ -10,11 +10,12 @@ from typing import Any
 import parity
 import pytest
 import torch
-from parity import Case, Drawn, LocalSide, Result, VerlSide
+from parity import POOL, VerlSide
 
 from rlplugins.errors import StackError
 from rlplugins.registry import installed
 from rlplugins.stack import Stack, StackConfig
+from rlplugins.testing.parity import STEPS, Case, Drawn, Result, assert_close, draw, write_inputs
 from rlplugins_verl import settings
 
 STACKS: dict[str, Case] = {
@@ -66,7 +67,7 @@ def test_methods_of_preferences_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return parity.write_inputs(tmp_path_factory.mktemp("parity"))
+    return write_inputs(tmp_path_factory.mktemp("parity"))
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +77,15 @@ def verl_side(folder: Path) -> Iterator[VerlSide]:
     torch.distributed.destroy_process_group()
 
 
-def close(mine: Result, other: Result, tolerance: float = 1e-5) -> None:
-    """Advantages, weights, loss and gradient agree, relative to the largest of each where that is above 1."""
-    for name in ("advantages", "weights"):
-        assert torch.allclose(getattr(mine, name), getattr(other, name), rtol=tolerance, atol=tolerance), name
-    assert mine.loss == pytest.approx(other.loss, rel=tolerance, abs=tolerance)
-    for name, value in other.metrics.items():  # searches and sums over the mini-batch show here first
-        assert mine.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
-    assert set(mine.gradient) == set(other.gradient)
-    for name, gradient in mine.gradient.items():
-        assert torch.allclose(gradient, other.gradient[name], rtol=tolerance, atol=tolerance), name
-
-
 def both(
     folder: Path, verl_side: VerlSide, case: Case, micro: int = 16, padding: int = 0, scores: Any = None
 ) -> list[tuple[Result, Result]]:
     """Each step through verl and through the local trainer, from the same rows and old log-probs."""
-    local = LocalSide(folder, case)
+    local = parity.local_side(folder, case)
     verl_side.begin(case)
     results = []
-    for number in range(parity.STEPS):
-        drawn = parity.draw(case, number, 259, 24)
+    for number in range(STEPS):
+        drawn = draw(case, number, 259, POOL)
         if scores is not None:
             drawn = scores(drawn)
         old = local.old_log_probs(drawn)
@@ -114,7 +103,7 @@ def test_every_plugin_gives_what_the_local_trainer_gives(
 ) -> None:
     case = replace(STACKS[name], dense=dense)
     for mine, other in both(folder, verl_side, case):
-        close(mine, other)
+        assert_close(mine, other)
         assert mine.gradient and any(bool(value.abs().max() > 1e-6) for value in mine.gradient.values())
 
 
@@ -123,7 +112,7 @@ def test_micro_batches_and_rows_that_fill_the_batch_change_nothing(
     name: str, folder: Path, verl_side: VerlSide
 ) -> None:
     for mine, other in both(folder, verl_side, replace(STACKS[name], dense=True), micro=5, padding=4):
-        close(mine, other)
+        assert_close(mine, other)
 
 
 @pytest.mark.parametrize("name", ["bapo_twice", "gtpo", "d3s", "p3o"])
@@ -132,13 +121,13 @@ def test_micro_batches_that_are_cut_by_tokens_change_nothing(
 ) -> None:
     monkeypatch.setattr(verl_side, "tokens", 60)
     for mine, other in both(folder, verl_side, replace(STACKS[name], dense=True), padding=4):
-        close(mine, other)
+        assert_close(mine, other)
 
 
 def test_log_probs_and_entropies_are_those_of_the_local_trainer(folder: Path, verl_side: VerlSide) -> None:
     case = STACKS["dr_grpo"]
-    local = LocalSide(folder, case)
-    drawn = parity.draw(case, 0, 259, 24)
+    local = parity.local_side(folder, case)
+    drawn = draw(case, 0, 259, POOL)
     log_probs, entropy = verl_side.old_log_probs(drawn)
     assert torch.allclose(log_probs, local.old_log_probs(drawn) - drawn.noise * drawn.mask, atol=1e-5)
     spread = entropy[drawn.mask]
@@ -147,7 +136,7 @@ def test_log_probs_and_entropies_are_those_of_the_local_trainer(folder: Path, ve
 
 def test_prompt_keys_are_those_of_the_local_trainer(folder: Path, verl_side: VerlSide) -> None:
     verl_side.begin(STACKS["dr_grpo"])
-    assert verl_side.pool.prompts.keys.tolist() == LocalSide(folder, STACKS["dr_grpo"]).pool.keys.tolist()
+    assert verl_side.pool.prompts.keys.tolist() == parity.local_side(folder, STACKS["dr_grpo"]).pool.keys.tolist()
 
 
 def test_a_row_without_a_finite_reward_counts_nowhere(folder: Path, verl_side: VerlSide) -> None:
@@ -158,7 +147,7 @@ def test_a_row_without_a_finite_reward_counts_nowhere(folder: Path, verl_side: V
 
     for name in ("dr_grpo", "gtpo"):
         for mine, other in both(folder, verl_side, STACKS[name], scores=spoiled):
-            close(mine, other)
+            assert_close(mine, other)
             assert float(mine.weights[5].sum()) == 0
 
 

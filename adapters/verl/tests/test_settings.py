@@ -260,3 +260,9 @@ def test_a_study_with_a_wrong_field_says_which(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("base: verl\nstepz: 3\nseed: 0\nstack: {}\n")
     with pytest.raises(ConfigurationError, match=r"train\.stepz"):
         external.read(tmp_path / "config.yaml")
+
+
+def test_an_engine_that_cannot_call_the_rule_is_refused() -> None:
+    config = {"algorithm": {"adv_estimator": "grpo"}, "actor_rollout_ref": {"rollout": {"n": 4, "name": "sglang"}}}
+    with pytest.raises(StackError, match=r"(?s)cannot call process_logits.*off: \[hapo-token.process_logits\]"):
+        settings.build_stack(config, StackConfig(plugins=["hapo-token"]), "sync")

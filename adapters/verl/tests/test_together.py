@@ -1,4 +1,4 @@
-"""Rows that stay together are dealt and cut as whole units, whatever their sizes."""
+"""Rows that stay together are dealt as whole units, whatever their sizes; settings that would tear them apart are refused."""
 
 import pytest
 import torch
@@ -7,24 +7,8 @@ from hypothesis import strategies as st
 
 from rlplugins.errors import ConfigurationError, RlpluginsError, StackError
 from rlplugins.stack import Stack, StackConfig
-from rlplugins.testing import make_rollouts
 from rlplugins_verl import settings as verl_settings
 from rlplugins_verl import together
-
-unit_numbers = st.lists(st.integers(0, 6), min_size=1, max_size=30)
-
-
-@settings(max_examples=25, deadline=None)
-@given(units=unit_numbers, limit=st.integers(1, 12), seed=st.integers(0, 5))
-def test_parts_hold_every_row_once_and_whole_units_up_to_the_limit(units: list[int], limit: int, seed: int) -> None:
-    numbers = torch.tensor(units)
-    costs = torch.randint(1, 4, (len(units),), generator=torch.Generator().manual_seed(seed))
-    parts = together.packed(numbers, costs, limit)
-    assert sorted(row for part in parts for row in part) == list(range(len(units)))
-    owners = [{units[row] for row in part} for part in parts]
-    assert sum(map(len, owners)) == len(set(units))
-    for part, owner in zip(parts, owners, strict=True):
-        assert int(costs[part].sum()) <= limit or len(owner) == 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,19 +44,6 @@ def test_equal_groups_stay_in_their_order() -> None:
 def test_groups_that_do_not_fill_the_parts_are_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigurationError, match=r"2 rank\(s\).*ppo_mini_batch_size"):
         together.dealt(torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), 2, 1)
-
-
-@pytest.mark.parametrize(("needed", "units"), [("group", [0, 0, 2, 3, 2, 5]), ("prompt", [0, 0, 0, 3, 3, 5])])
-def test_units_are_the_groups_or_the_prompts(needed: str, units: list[int]) -> None:
-    rollouts = make_rollouts([0.0] * 6, [0, 0, 0, 1, 1, 2])
-    rollouts.prompt_rows = torch.tensor([4, 4, 4, 1, 1, -1])
-
-    class Needing:
-        def needs(self, kind: str, value: str) -> bool:
-            return value == needed
-
-    groups = torch.tensor([0, 0, 5, -1, 5, -1])
-    assert together.units_of(Needing(), rollouts, groups).tolist() == units  # type: ignore[arg-type]
 
 
 ACTOR = {"ppo_mini_batch_size": 8, "ppo_micro_batch_size_per_gpu": 4, "use_kl_loss": True}

@@ -15,6 +15,8 @@ import parity
 import torch
 from test_parity import IDLE, STACKS
 
+from rlplugins.testing.parity import STEPS, Case, draw
+
 
 def main() -> None:
     folder, rank, port, output = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
@@ -31,20 +33,20 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def steps(folder: Path, side: parity.VerlSide, case: parity.Case) -> Iterator[dict[str, Any]]:
+def steps(folder: Path, side: parity.VerlSide, case: Case) -> Iterator[dict[str, Any]]:
     """Loss and gradient of each step."""
-    local = parity.LocalSide(folder, case)
+    local = parity.local_side(folder, case)
     side.begin(case)
-    for number in range(parity.STEPS):
-        drawn = parity.draw(case, number, 259, 24)
+    for number in range(STEPS):
+        drawn = draw(case, number, 259, parity.POOL)
         _, entropy = side.old_log_probs(drawn)
         made = side.step(drawn, number, entropy, local.old_log_probs(drawn), micro=4)
         yield {"loss": made.loss, "gradient": made.gradient}
 
 
-def smaller_share(case: parity.Case) -> int:
+def smaller_share(case: Case) -> int:
     """Tokens of the first step's smaller half: as the limit of a micro-batch it gives one rank one, the other several."""
-    drawn = parity.draw(case, 0, 259, 24)
+    drawn = draw(case, 0, 259, parity.POOL)
     tokens = torch.tensor([len(prompt) for prompt in drawn.prompts]) + torch.tensor(parity.response_lengths(drawn))
     halves = tokens.view(2, -1).sum(1)
     assert int(halves.min()) < int(halves.max())
