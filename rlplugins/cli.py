@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import distribution, entry_points
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +135,29 @@ def print_matrix(trainer: str | None) -> None:
 def doctor(trainer: str | None) -> None:
     """Check what is installed here: versions, and whether every hook binds.
 
-    TRAINER is one trainer; by default all that have an adapter here.
+    TRAINER is one trainer; by default all that have an adapter here. A trainer that is not installed fails if it is named.
     """
     healthy = True
     print(f"rlplugins {distribution('rlplugins').version}, {len(registry.installed())} plugins installed")
     for name in [trainer] if trainer else sorted(installed_adapters()):
-        text, well = find_adapter(name).doctor()
+        adapter = find_adapter(name)
+        if trainer is None and adapter.distribution is not None and not is_installed(adapter.distribution):
+            print(f"\n{name}\n  absent: {adapter.distribution} is not installed here")
+            continue
+        text, well = adapter.doctor()
         print(f"\n{name}\n{text}")
         healthy = healthy and well
     if not healthy:
         raise SystemExit(1)
+
+
+def is_installed(name: str) -> bool:
+    """Whether there is a distribution of this name."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def read_stack(text: str) -> StackConfig:

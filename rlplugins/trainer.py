@@ -48,7 +48,13 @@ class Trainer:
 
 
 class Adapter(Protocol):
-    """What the entry point of an adapter gives."""
+    """What the entry point of an adapter gives.
+
+    Attributes:
+        distribution: name of the trainer's own distribution; None: the adapter is the trainer.
+    """
+
+    distribution: str | None
 
     def configured(self, options: Mapping[str, Any]) -> Trainer:
         """The trainer with these options of a run (`train:` of a study); with none, as it is without further flags.

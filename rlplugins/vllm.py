@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_update
 from rlplugins.logits import KEY, Numbers, Part, Rule, numbers_of, parts_of
 
 
-class StackLogits(LogitsProcessor):  # type: ignore[misc, unused-ignore]
+class StackLogits(LogitsProcessor):
     """The stack's rule on the rows of vLLM's running batch, before the temperature."""
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:

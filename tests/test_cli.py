@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from rlplugins import cli
 from rlplugins.cli import app
 
 
@@ -106,6 +107,22 @@ def test_doctor_reports_every_trainer() -> None:
     assert done.exit_code == 0, done.output
     assert "generation and log-probs agree with transformers" in done.output
     assert call("doctor", "nemo").exit_code == 2
+
+
+def test_doctor_fails_for_an_absent_trainer_only_if_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent:
+        distribution = "no-such-trainer"
+
+        def doctor(self) -> tuple[str, bool]:
+            return "  FAIL  it is missing", False
+
+    monkeypatch.setattr(cli, "installed_adapters", lambda: {"absent": None})
+    monkeypatch.setattr(cli, "find_adapter", lambda name: Absent())
+    done = call("doctor")
+    assert done.exit_code == 0 and "absent: no-such-trainer is not installed here" in done.output
+    assert call("doctor", "absent").exit_code == 1
+    Absent.distribution = "rlplugins"
+    assert call("doctor").exit_code == 1
 
 
 def test_report_of_an_empty_folder_is_an_error(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def group_size(config: TrainConfig, stack: Stack) -> int:
 class LocalAdapter:
     """The entry point of this adapter; see `rlplugins.trainer.Adapter`."""
 
+    distribution = None
     config = TrainConfig
     """The settings of a run."""
 

@@ -14,17 +14,24 @@ from rlplugins_openrlhf import settings
 class OpenRLHFAdapter:
     """The entry point of this adapter; see `rlplugins.trainer.Adapter`."""
 
+    distribution = "openrlhf"
+
     def configured(self, options: Mapping[str, Any]) -> Trainer:
-        """OpenRLHF as the command line of a study sets it; `train_ppo_ray` without generation ahead as far as that hides."""
+        """OpenRLHF as the command line of a study sets it.
+
+        As far as that hides, it may be for either command; `train_ppo_ray` then is one without generation ahead.
+        """
+        from rlplugins_openrlhf import preferences
         from rlplugins_openrlhf.study import shown_flags
 
         shown = shown_flags(options) if options else None
         if shown is not None:
-            return settings.declare(shown)
+            command, flags = shown
+            return (preferences if command == "train_dpo" else settings).declare(flags)
         return Trainer(
             name="openrlhf",
-            binds=frozenset(HOOKS) - settings.UNBOUND,
-            provides=settings.provides(ahead=False) | {"validation_every_step"},
+            binds=(frozenset(HOOKS) - settings.UNBOUND) | preferences.BINDS,
+            provides=settings.provides(ahead=False) | {"validation_every_step", "together"},
             columns=None,
             remedies=settings.REMEDIES,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlplugins import bindings
 from rlplugins.errors import ConfigurationError
 from rlplugins_openrlhf import settings
-from rlplugins_openrlhf.points import ACTOR, CRITIC, MAKER, POINTS, SAMPLES, TRAINER
+from rlplugins_openrlhf.points import ACTOR, BUFFER, CRITIC, ENGINE, MAKER, POINTS, SAMPLES, TRAINER
 
 CALLS = (
     (TRAINER, "PPOTrainer.fit", "self.samples_generator.generate_samples("),
@@ -23,6 +23,9 @@ CALLS = (
     (SAMPLES, "SamplesGenerator._generate_vllm", "self._dispatch_prompts_to_vllm("),
     (MAKER, "RemoteExperienceMaker.make_experience_batch", "self.make_experience("),
     (MAKER, "RemoteExperienceMaker.make_experience_batch", "self.compute_advantages_and_returns("),
+    (BUFFER, "NaiveReplayBuffer.__getitem__", "self.dynamic_indices["),
+    (ENGINE, "create_vllm_engines", "RolloutRayActor.options("),
+    (ACTOR, "ActorPPOTrainer.ppo_train", "self.replay_buffer.sample_batch_size"),
     (ACTOR, "ActorPPOTrainer.ppo_train", "iter_grad_accum_global_norm("),
     (ACTOR, "ActorPPOTrainer.ppo_train", "self.training_step("),
     (ACTOR, "ActorPPOTrainer.training_step", "self.actor_loss_fn("),

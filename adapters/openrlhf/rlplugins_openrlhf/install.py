@@ -7,16 +7,19 @@ trainer travels to the trainer's process with the class: no process can miss it,
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from rlplugins import logits
 from rlplugins.imports import after_import
-from rlplugins.stack import StackConfig
+from rlplugins.stack import Stack, StackConfig
 
 FLAGS = "openrlhf.utils.config"
 SYNC = "openrlhf.trainer.ppo_trainer"
 ASYNC = "openrlhf.trainer.ppo_trainer_async"
+ENGINE = "openrlhf.trainer.ray.vllm_engine"
 
 
 def install(config: StackConfig) -> None:
@@ -35,10 +38,27 @@ def check_flags(module: ModuleType, config: StackConfig) -> None:
         from rlplugins_openrlhf.settings import build_stack, check_state
 
         nested = original(args)
-        check_state(nested, build_stack(nested, config))
+        stack = build_stack(nested, config)
+        check_state(nested, stack)
+        if stack.claims("process_logits"):
+            bind_engines(importlib.import_module(ENGINE), stack)
         return nested
 
     module.hierarchize = hierarchize  # type: ignore[attr-defined]
+
+
+def bind_engines(module: ModuleType, stack: Stack) -> None:
+    """Let every rollout engine be made with the stack's rule among the options that are handed on to vLLM."""
+    actor = module.RolloutRayActor
+    actor.options = functools.partial(options_with_rule, actor.options, stack)
+
+
+def options_with_rule(original: Callable[..., Any], stack: Stack, **options: Any) -> Any:
+    """Ray's options of an engine, which then is made with the rule."""
+    made = original(**options)
+    make = made.remote
+    made.remote = lambda **given: make(**logits.with_rule(given, stack))
+    return made
 
 
 def bind_fit(module: ModuleType, names: tuple[str, ...], config: StackConfig) -> None:

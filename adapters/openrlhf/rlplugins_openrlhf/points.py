@@ -14,6 +14,8 @@ AHEAD = "trainer/ppo_trainer_async.py"
 SAMPLES = "trainer/ppo_utils/samples_generator.py"
 MAKER = "trainer/ppo_utils/experience_maker.py"
 EXPERIENCE = "trainer/ppo_utils/experience.py"
+BUFFER = "trainer/ppo_utils/replay_buffer.py"
+ENGINE = "trainer/ray/vllm_engine.py"
 ACTOR, CRITIC = "trainer/ray/ppo_actor.py", "trainer/ray/ppo_critic.py"
 PAIRS, DPO = "datasets/reward_dataset.py", "trainer/dpo_trainer.py"
 
@@ -58,12 +60,17 @@ POINTS = (
     Point("utils/agent.py", "AgentExecutorBase.execute",
           "(prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images)", "patched",
           "engine: rewritten prompts, forced prefixes, sampling parameters: wrapped on the engine's executor"),
-    Point("trainer/ray/vllm_engine.py", "RolloutRayActor.generate", "(prompt_token_ids, sampling_params, multi_modal_data)",
+    Point(ENGINE, "RolloutRayActor.__init__",
+          "(*args, bundle_indices, agent_func_path, remote_rm_url, mm_pad_token_ids, **kwargs)", "patched",
+          "start: process_logits: two more of the options that OpenRLHF's start hands on to vLLM"),
+    Point(ENGINE, "RolloutRayActor.generate", "(prompt_token_ids, sampling_params, multi_modal_data)",
           "called", "engine: forced prefixes"),
-    Point("trainer/ray/vllm_engine.py", "batch_vllm_engine_call", "(engines, method_name, *args, rank_0_only, **kwargs)",
+    Point(ENGINE, "batch_vllm_engine_call", "(engines, method_name, *args, rank_0_only, **kwargs)",
           "called", "trainer: engines that sleep are woken for engine.generate"),
     Point("utils/loss_utils.py", "iter_grad_accum_global_norm", "(data_iter, strategy, accumulated_gradient, mask_fn)",
           "patched", "actor and critic: prepare_mini_batch; in the modules of both trainers"),
+    Point(BUFFER, "NaiveReplayBuffer.__getitem__", "(idx)", "patched",
+          "actor: rows kept together: the buffer's own list of micro-batches is set before every update"),
     Point(ACTOR, "ActorPPOTrainer.ppo_train", "(kl_ctl)", "patched", "actor: metrics of the update"),
     Point(ACTOR, "ActorPPOTrainer.training_step", "(experience, kl_ctl, step, loss_batch_info)", "patched",
           "actor: the KL term is the stack's"),

@@ -36,7 +36,7 @@ class Request:
     draw: int = 0
     text: str | None = None
     prefix: str = ""
-    sampling: Mapping[str, float] | None = None
+    sampling: Mapping[str, Any] | None = None
     columns: Mapping[str, Any] | None = None
 
 

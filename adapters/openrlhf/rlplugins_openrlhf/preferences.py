@@ -25,7 +25,7 @@ from rlplugins.errors import ConfigurationError
 from rlplugins.hookspecs import HOOKS
 from rlplugins.imports import after_import
 from rlplugins.pairs import SIDES, Pairs
-from rlplugins.plan import PREFERENCES, objective_of
+from rlplugins.plan import PREFERENCES, REWARDS, objective_of
 from rlplugins.plugin import BuiltinName
 from rlplugins.preferences import PairLoss, PairMiniBatch
 from rlplugins.rollouts import Column, Columns, Prompts, as_column
@@ -83,7 +83,7 @@ def declare(args: Any, columns: Iterable[str] | None = None) -> Trainer:
         columns=None if columns is None else frozenset({"ref_log_probs", *columns}),
         defaults={"preference_loss": loss_of(args)},
         extras=[NllOnChosen(coefficient=nll)] if nll else [],
-        remedies={"column": "add the column to the data set of pairs"},
+        remedies={"column": "add the column to the data set of pairs", REWARDS: "run train_ppo_ray"},
     )
 
 

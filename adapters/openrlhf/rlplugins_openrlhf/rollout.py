@@ -12,13 +12,14 @@ from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
+from rlplugins.logits import request_args
 from rlplugins.rollouts import Requests, Sampling
 from rlplugins_openrlhf.pool import PoolPrompt, Request
 from rlplugins_openrlhf.worker import versions
 
 
 def requests_of(
-    plain: Requests, requests: Requests, sampling: Sampling | None, texts: Mapping[int, str]
+    plain: Requests, requests: Requests, sampling: Sampling | None, texts: Mapping[int, str], *, numbers: bool = False
 ) -> list[list[Request]]:
     """Per prompt, per response what differs from OpenRLHF's own request.
 
@@ -27,6 +28,7 @@ def requests_of(
         requests: after them, in the same order.
         sampling: how each is drawn, where a plugin has a say in it.
         texts: by row the rewritten prompts, as OpenRLHF's template makes them.
+        numbers: whether the engine has a rule that reads the numbers of `sampling`.
     """
     written = {name: _items(requests.columns[name]) for name in requests.columns}
     made: list[list[Request]] = [[] for _ in range(len(requests.prompts))]
@@ -36,7 +38,7 @@ def requests_of(
                 draw=int(requests.draw[row]),
                 text=texts.get(row),
                 prefix=requests.prefixes[row],
-                sampling=None if sampling is None else parameters(sampling, row),
+                sampling=None if sampling is None else parameters(sampling, row, numbers=numbers),
                 columns={name: values[row] for name, values in written.items()},
             )
         )
@@ -48,9 +50,9 @@ def rewritten(plain: Requests, requests: Requests) -> list[int]:
     return [row for row in range(len(requests)) if requests.texts[row] != plain.texts[row]]
 
 
-def parameters(sampling: Sampling, row: int) -> dict[str, float]:
+def parameters(sampling: Sampling, row: int, *, numbers: bool) -> dict[str, Any]:
     """One request's parameters in vLLM's words."""
-    return {
+    return (request_args(sampling, row) if numbers else {}) | {
         "temperature": float(sampling.temperature[row]),
         "top_p": float(sampling.top_p[row]),
         "max_tokens": int(sampling.max_tokens[row]),

@@ -10,6 +10,7 @@ from typing import Any
 from rlplugins.defaults import EntropyBonus
 from rlplugins.errors import ConfigurationError
 from rlplugins.hookspecs import HOOKS
+from rlplugins.plan import PREFERENCES
 from rlplugins.plugin import BuiltinName, Plugin
 from rlplugins.rollouts import DECLARED
 from rlplugins.stack import Stack, StackConfig
@@ -21,9 +22,7 @@ TESTED = "0.11.2"
 OLDEST, TOO_NEW = (0, 10, 4), (0, 12)
 RANGE = ">=0.10.4,<0.12"
 
-UNBOUND = frozenset({"process_logits", "forward"}) | {
-    name for name, hook in HOOKS.items() if hook.phase == "preferences"
-}
+UNBOUND = frozenset({"forward"}) | {name for name, hook in HOOKS.items() if hook.phase == "preferences"}
 """Hooks that have no place in `train_ppo_ray`."""
 
 CREDIT = frozenset(name for name, hook in HOOKS.items() if hook.phase == "credit")
@@ -33,6 +32,8 @@ PROMPTS = frozenset(name for name, hook in HOOKS.items() if hook.phase == "promp
 ROLLOUTS = frozenset(name for name, hook in HOOKS.items() if hook.phase == "rollouts")
 RESIZING = frozenset({"allocate_rollouts", "extend_rollouts", "filter_rollouts"})
 """Hooks after which a step need not have `rollout.batch_size` groups of equal size, as OpenRLHF's own functions take it."""
+GROWING = ("allocate_rollouts", "extend_rollouts", "assign_groups")
+"""Hooks after which a group may have more rows than `--rollout.n_samples_per_prompt`."""
 METHOD = ("baseline", "advantage_scale", "compute_advantages")
 CLIPPED = (-10.0, 10.0)
 """OpenRLHF's default of `--reward.clip_range`."""
@@ -94,6 +95,31 @@ def ranks(args: Any) -> int:
     return int(at(args, "actor.num_nodes", 1)) * int(at(args, "actor.num_gpus_per_node", 1)) // duplicates(args)
 
 
+def micro_batch(args: Any) -> int:
+    """Rows of a micro-batch of the update."""
+    return int(at(args, "train.micro_batch_size", 4))
+
+
+def why_apart(args: Any) -> str:
+    """The flags that would let groups stay whole in micro-batches; empty if they do."""
+    if at(args, "train.dynamic_batch_enable", False):
+        return "leave out --train.dynamic_batch_enable"
+    size, micro = group_size(args), micro_batch(args)
+    batch, wanted = int(at(args, "train.batch_size", 128)), -(-micro // size) * size
+    wrong = [(name, right) for name, given, right in (
+        ("micro_batch_size", micro, wanted), ("batch_size", batch, -(-batch // (wanted * ranks(args))) * wanted * ranks(args))
+    ) if given != right]  # fmt: skip
+    if not wrong:
+        return ""
+    flags = " ".join(f"--train.{name} {right}" for name, right in wrong)
+    return f"set {flags}, so that micro-batches and optimiser steps hold whole groups of {size}"
+
+
+def keeps_together(args: Any, stack: Stack) -> bool:
+    """Whether rows are dealt to ranks and micro-batches as whole units."""
+    return stack.needs("together") and not why_apart(args)
+
+
 def ahead(args: Any) -> bool:
     """Whether generation runs in a process apart, ahead of the updates."""
     return bool(at(args, "train.async_enable", False))
@@ -142,17 +168,20 @@ def declare(args: Any, columns: Iterable[str] | None = None) -> Trainer:
     coefficient = float(at(args, "actor.entropy_coef", 0.0))
     every_step = bool(at(args, "eval.dataset")) and at(args, "eval.steps", -1) == 1
     filtered = bool(at(args, "algo.dynamic_filtering_enable", False))
+    apart = why_apart(args)
     return Trainer(
         name="openrlhf",
         binds=frozenset(HOOKS) - UNBOUND,
-        provides=provides(ahead(args)) | ({"validation_every_step"} if every_step else set()),
+        provides=provides(ahead(args))
+        | ({"validation_every_step"} if every_step else set())
+        | (set() if apart else {"together"}),
         columns=None if columns is None else frozenset(given | set(columns)),
         group_size=group_size(args),
         ranks=ranks(args),
         defaults=found,
         extras=[EntropyBonus(coefficient=coefficient)] if coefficient else [],
         breaks={"complete_groups": "--algo.dynamic_filtering_enable"} if filtered else {},
-        remedies=REMEDIES,
+        remedies=REMEDIES | {"together": apart},
     )
 
 
@@ -165,8 +194,8 @@ REMEDIES = {
     "column:rollout_log_probs": "set --rollout.temperature 1 and --rollout.top_p 1",
     "engine": "leave out --train.async_enable",
     "prompts_after_update": "leave out --train.async_enable",
+    PREFERENCES: "run train_dpo",
     "one_rank": "set --actor.num_nodes 1 --actor.num_gpus_per_node 1",
-    "together": "OpenRLHF shuffles the rows of a step before it cuts them; use the local trainer",
 }
 
 
@@ -328,6 +357,10 @@ def _loss_refusals(args: Any, stack: Stack, loss: bool) -> list[str]:
     if loss and at(args, "train.dynamic_batch_enable", False):
         found.append("--train.dynamic_batch_enable cuts mini-batches in a place that has no binding yet: leave it out "
                      "(--ds.packing_samples may stay)")  # fmt: skip
+    growing = [hook for hook in GROWING if stack.claims(hook)]
+    if growing and keeps_together(args, stack):
+        found.append(f"{', '.join(growing)} may make a group that must stay whole larger than --train.micro_batch_size: use a "
+                     "stack without one of the two")  # fmt: skip
     if stack.claims("value_targets") and not has_critic(args):
         found.append("no critic reads value_targets: set --algo.advantage.estimator gae")
     if stack.claims("reference_policy") and int(at(args, "ds.zero_stage", 2)) == 3:
@@ -398,7 +431,8 @@ def total_steps(args: Any, prompts: int) -> int:
 
 READ = (
     "rollout.n_samples_per_prompt", "rollout.batch_size", "rollout.micro_batch_size", "rollout.temperature", "rollout.top_p",
-    "train.batch_size", "train.seed", "train.num_episodes", "train.async_enable", "train.dynamic_batch_enable",
+    "train.batch_size", "train.micro_batch_size", "train.seed", "train.num_episodes", "train.async_enable",
+    "train.dynamic_batch_enable",
     "train.agent_func_path", "actor.num_nodes", "actor.num_gpus_per_node", "actor.eps_clip", "actor.eps_clip_low_high",
     "actor.dual_clip", "actor.policy_loss_type", "actor.entropy_coef", "critic.value_clip", "ds.ring_attn_size",
     "ds.tensor_parallel_size", "ds.zero_stage", "algo.advantage.estimator", "algo.advantage.gamma", "algo.advantage.lambd",

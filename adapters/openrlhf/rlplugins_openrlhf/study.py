@@ -6,9 +6,9 @@ The study's `train` holds
     overrides: [--actor.adam.lr, "1e-6"]     # further flags; a cell's go last
     environment: {CUDA_VISIBLE_DEVICES: "0,1,2,3"}
 
-where the base names the module `openrlhf.cli.train_ppo_ray`, or is `rlplugins openrlhf train_ppo_ray ...`, or a script that
-passes further words on to it. OpenRLHF has no flag for a number of steps: `--data.max_samples` and `--train.num_episodes` say
-how long a run is.
+where the base names the module `openrlhf.cli.train_ppo_ray` or `openrlhf.cli.train_dpo`, or is `rlplugins openrlhf
+train_ppo_ray ...`, or a script that passes further words on to it. OpenRLHF has no flag for a number of steps:
+`--data.max_samples` and, of `train_ppo_ray`, `--train.num_episodes` say how long a run is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 
 from rlplugins.ablation.external import CHECKPOINT, STACK, ExternalRun, Steps, TrainerCommand, validated, value_of
 from rlplugins.errors import ConfigurationError
-from rlplugins_openrlhf.launch import FLAG
+from rlplugins_openrlhf.launch import COMMANDS, FLAG
 
-COMMAND = "train_ppo_ray"
-MODULE = f"openrlhf.cli.{COMMAND}"
+MODULES = {f"openrlhf.cli.{name}": name for name in COMMANDS}
 LOGS = "tensorboard"
 
 SHORT = {
@@ -33,6 +32,8 @@ SHORT = {
     "train/entropy_loss": "entropy",
     "train/actor_grad_norm": "grad_norm",
     "train/policy_loss": "policy_loss",
+    "train/loss_mean": "preference_loss",
+    "train/acc_mean": "accuracy",
 }
 """Metrics of OpenRLHF that the local trainer has too, under its names, so that a report shows both."""
 
@@ -42,15 +43,15 @@ def command(config: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "rlplugins_openrlhf.study", str(config), str(output)]
 
 
-def shown_flags(options: Mapping[str, Any]) -> SimpleNamespace | None:
-    """OpenRLHF's flags as the command line shows them, nested; None if a script hides them.
+def shown_flags(options: Mapping[str, Any]) -> tuple[str, SimpleNamespace] | None:
+    """OpenRLHF's command and its flags as the command line shows them, nested; None if a script hides them.
 
     Raises:
         ConfigurationError: if an option of the study is unknown or wrong.
     """
     run = validated(dict(options), "train")
     words = run.words
-    place = next((number for number, word in enumerate(words) if word in (MODULE, COMMAND)), None)
+    place = next((number for number, word in enumerate(words) if word in MODULES or word in COMMANDS), None)
     if place is None:
         return None
     nested: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def shown_flags(options: Mapping[str, Any]) -> SimpleNamespace | None:
             node = node.setdefault(parent, {})
         made = [value_of(value) for value in values]
         node[last] = made[0] if len(made) == 1 else made or True
-    return _namespace(nested)
+    return MODULES.get(words[place], words[place]), _namespace(nested)
 
 
 def _flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -105,10 +106,10 @@ def arguments(run: ExternalRun, output: Path) -> list[str]:
 
 def with_launcher(words: Sequence[str]) -> list[str]:
     """The base, started by rlplugins where it starts OpenRLHF's module itself."""
-    if MODULE not in words:
+    place = next((number for number, word in enumerate(words) if word in MODULES), None)
+    if place is None:
         return list(words)
-    place = words.index(MODULE)
-    return [*words[:place], "rlplugins_openrlhf", COMMAND, *words[place + 1 :]]
+    return [*words[:place], "rlplugins_openrlhf", MODULES[words[place]], *words[place + 1 :]]
 
 
 def metrics(output: Path) -> Steps:

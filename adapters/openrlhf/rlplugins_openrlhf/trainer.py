@@ -34,6 +34,7 @@ from rlplugins.rollouts import Prompts, Requests, Rollouts, Sampling
 from rlplugins.stack import Credit, Stack, StackConfig
 from rlplugins.steps import Run
 from rlplugins.table import PromptTable
+from rlplugins.together import packed, units_of
 from rlplugins_openrlhf import columns as rows_of_openrlhf
 from rlplugins_openrlhf import rollout, settings, worker
 from rlplugins_openrlhf.columns import REAL
@@ -171,7 +172,7 @@ class Generation:
         """Per prompt its requests as they are sent; `plain` are those before any hook."""
         plain = plain or Requests.of(requests.prompts, torch.ones(len(requests), dtype=torch.int64))
         texts = {row: self.templated(requests.texts[row]) for row in rollout.rewritten(plain, requests)}
-        return rollout.requests_of(plain, requests, sampling, texts)
+        return rollout.requests_of(plain, requests, sampling, texts, numbers=self.stack.claims("process_logits"))
 
     def templated(self, text: Any) -> str:
         """A prompt as OpenRLHF's data set makes it of the file's."""
@@ -237,6 +238,7 @@ class TrainingRun(Generation):
         self.owns_credit, self.owns_loss = settings.owns_credit(stack), settings.owns_loss(stack)
         self.owns_critic = settings.owns_critic(self.args, stack)
         self.keeps_entropy = stack.needs("column", "entropy") or stack.takes("entropy", "credit")
+        self.keeps_together = settings.keeps_together(self.args, stack)
         self.engine: OpenRLHFEngine | None = None
         self.rollouts: Rollouts | None = None
         self.credit: Credit | None = None
@@ -341,6 +343,10 @@ class TrainingRun(Generation):
         if not self.owns_loss:
             return original(samples)  # type: ignore[no-any-return]
         least = int(self.args.rollout.micro_batch_size) * (settings.ranks(self.args) - 1) + 1  # something for each rank
+        units, size = None, settings.micro_batch(self.args)
+        if self.keeps_together:
+            units = units_of(self.stack, self.rollouts, self.rollouts.groups)
+            least = max(least, size * len(packed(units, torch.ones_like(units), size)))
         samples = rows_of_openrlhf.filled(samples, int(self.args.train.batch_size), least)
         experiences = original(samples)
         assert self.credit is not None
@@ -354,7 +360,7 @@ class TrainingRun(Generation):
         rows_of_openrlhf.level(experiences)
         frame = worker.Frame(self.done, self.rollouts.kinds, self.stack.step.shared_by_all(), packing)
         self.everywhere(worker.open_step, frame)
-        return self.dealt(experiences)
+        return self.dealt(experiences) if units is None else recut(experiences, size, whole(units, len(samples), size))
 
     def dealt(self, experiences: list[Any]) -> list[Any]:
         """The experiences, as many rows of them for every rank."""
@@ -632,11 +638,36 @@ class Rows:
             experience.kl = None
 
 
-def recut(experiences: list[Any], size: int) -> list[Any]:
-    """The rows of the experiences in experiences of another size."""
+def whole(units: Tensor, rows: int, size: int) -> list[int]:
+    """The order of the rows in which every micro-batch holds whole units.
+
+    Args:
+        units: (B,) int64, of the rows that count; those beyond B fill.
+        rows: of the step.
+        size: rows of a micro-batch.
+
+    Raises:
+        ConfigurationError: if a unit is larger than a micro-batch.
+    """
+    units = torch.cat([units, -1 - torch.arange(rows - len(units))])
+    parts = packed(units, torch.ones_like(units), size)
+    if any(len(part) != size for part in parts):
+        raise ConfigurationError(
+            f"a step has {max(map(len, parts))} rows that must stay whole in one micro-batch of {size}: raise "
+            "--train.micro_batch_size (one prompt may stand in the prompt file several times)"
+        )
+    return [row for part in parts for row in part]
+
+
+def recut(experiences: list[Any], size: int, order: Sequence[int] | None = None) -> list[Any]:
+    """The rows of the experiences in experiences of another size, in their order or in the order of these rows."""
     from openrlhf.trainer.ppo_utils.experience import make_experience_batch, split_experience_batch
 
+    rows = [row for experience in experiences for row in experience.index]  # splitting forgets them
     items = [item for experience in experiences for item in split_experience_batch(experience)]
+    if order is not None:
+        by_row = dict(zip(rows, items, strict=True))
+        items = [by_row[row] for row in order]
     made = [make_experience_batch(items[first : first + size]) for first in range(0, len(items), size)]
     for experience in made:
         experience.info = {name: _joined(values) for name, values in experience.info.items()}

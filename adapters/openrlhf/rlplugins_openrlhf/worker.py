@@ -24,7 +24,7 @@ from rlplugins.steps import Metrics
 from rlplugins.update import MiniBatch
 from rlplugins_openrlhf import columns as rows_of_openrlhf
 from rlplugins_openrlhf.columns import REAL, START, Packing, to_responses
-from rlplugins_openrlhf.settings import loss_values
+from rlplugins_openrlhf.settings import keeps_together, loss_values, micro_batch
 
 WINDOWS = "iter_grad_accum_global_norm"
 PARTS = ("policy_loss", "kl_loss", "auxiliary_loss")
@@ -218,6 +218,7 @@ class ActorUpdate(Update):
         self.takes_entropy = stack.takes("entropy", "update")
         self.entropy: Tensor | None = None
         self.values = loss_values()
+        self.keeps_together = keeps_together(trainer.args, stack)
         trainer.actor_loss_fn = self.loss
         trainer.training_step = functools.partial(self.step, trainer.training_step)
         trainer.ppo_train = functools.partial(self.train, trainer.ppo_train)
@@ -236,6 +237,8 @@ class ActorUpdate(Update):
     def train(self, original: Callable[[float], dict[str, Any]], coefficient: float) -> dict[str, Any]:
         """The whole update of a step; adds what hooks and losses logged to OpenRLHF's own metrics."""
         self.metrics, self.optimiser_steps = Metrics(), 0
+        if self.keeps_together:
+            keep_whole(self.trainer.replay_buffer, micro_batch(self.trainer.args))
         status = original(coefficient)
         status.pop("ppo_clip_ratio", None)  # what is clipped, only the loss knows
         found = self.over_ranks(self.metrics)
@@ -273,6 +276,12 @@ class ActorUpdate(Update):
         drift = (old_log_probs - log_probs.detach()) * action_mask
         kl = drift.sum() / action_mask.sum().clamp(min=1)
         return (total, torch.zeros_like(kl), kl, None, None)[: self.values]
+
+
+def keep_whole(buffer: Any, size: int) -> None:
+    """Let the buffer give its rows in whole micro-batches, so many in a row; OpenRLHF's loader then shuffles these."""
+    buffer.dynamic_batch, buffer.sample_batch_size = True, 1
+    buffer.dynamic_indices = [list(part) for part in in_parts(range(len(buffer.items)), size)]
 
 
 class CriticUpdate(Update):

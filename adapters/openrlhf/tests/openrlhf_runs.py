@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from rlplugins_openrlhf.cpu import launch, tiny
 SECONDS = 1500
 STARTED: list[subprocess.Popen[bytes]] = []
 HERE = Path(__file__).parent
+SCRIPTED = ("--train.agent_func_path", str(HERE / "scripted_agent.py"))
+REPRODUCIBLE = HERE / "reproducible"
+TIMES = "train/timing/"
 PROBES = (HERE / "rlplugins_openrlhf_probe.py", HERE.parents[1] / "verl" / "tests" / "rlplugins_probe.py")
 ENTRY = """[rlplugins]
 openrlhf-probe = rlplugins_openrlhf_probe:OpenRLHFProbe
@@ -94,6 +97,11 @@ class OpenRLHFRun:
                     steps.setdefault(int(event.step), {"step": int(event.step)})[name] = event.value
         return [steps[number] for number in sorted(steps)]
 
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """All metrics but those that say how long something took."""
+        return [{name: value for name, value in step.items() if not name.startswith(TIMES)} for step in self.metrics]
+
     def saved(self) -> int:
         """The step of the latest whole checkpoint; 0 if there is none."""
         note = self.folder / "checkpoints" / "_actor" / "latest"
@@ -102,6 +110,16 @@ class OpenRLHFRun:
     def state(self, step: int) -> Path:
         """The folder of the plugin state of a step."""
         return self.folder / "checkpoints" / "rlplugins" / f"global_step{step}"
+
+
+def imports(folder: Path) -> dict[int, set[str]]:
+    """What each process has imported of OpenRLHF and rlplugins, by the notes that `REPRODUCIBLE` takes."""
+    return {int(file.name): set(file.read_text().split()) for file in folder.iterdir()}
+
+
+def ours(names: Iterable[str]) -> set[str]:
+    """Those of rlplugins."""
+    return {name for name in names if name.startswith("rlplugins")}
 
 
 def end_all() -> None:

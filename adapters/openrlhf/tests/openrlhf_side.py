@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlplugins.stack import StackConfig
-from rlplugins.testing.parity import STEPS, Case, Drawn, Result, reference_of, weights_of
+from rlplugins.testing.parity import STEPS, Case, Drawn, Result, add_request_columns, reference_of, weights_of
 from rlplugins_openrlhf import columns, worker
 from rlplugins_openrlhf.columns import to_responses
 from rlplugins_openrlhf.pool import PoolPrompt
@@ -188,6 +188,7 @@ class OpenRLHFSide:
         self.drawn, self.old, self.gradient, self.losses = drawn, old, {}, []
         run.done = number
         run.begin()
+        run.drawn = drawn
         samples = run.after_generation(samples_of(drawn, run))
         original = type(self.maker).make_experience_batch.__get__(self.maker)
         experiences = run.make_experiences(original, samples)
@@ -217,6 +218,7 @@ class Run(TrainingRun):
     """The trainer's process, whose ranks are this process."""
 
     worker: Any
+    drawn: Drawn
     frame: Any = None
     entropies: dict[int, Tensor]
 
@@ -233,6 +235,7 @@ class Run(TrainingRun):
         """The rows as they were drawn: hooks that add some have tests of their own."""
         columns.complete(samples)
         self.rollouts = columns.to_rollouts(samples, self.pool, self.done)
+        add_request_columns(self.stack, self.rollouts, self.pool.prompts, self.drawn)
         return samples
 
     def make_passes(self, original: Any, samples_list: list[Any]) -> list[Any]:

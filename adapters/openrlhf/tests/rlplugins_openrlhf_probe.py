@@ -3,12 +3,15 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlplugins import hookimpl
+from rlplugins.rollouts import Requests, Rollouts
 from rlplugins_probe import Probe
 
 
@@ -26,6 +29,26 @@ class OpenRLHFProbe(Probe):
             self.note("gate")
             time.sleep(1000)
         return super().sampling_params(sampling, requests)
+
+    @hookimpl
+    def extend_rollouts(self, rollouts: Rollouts, prompts: Any, engine: Any, step: Any) -> Rollouts:
+        self.ask(prompts, engine)
+        return super().extend_rollouts(rollouts, engine, step)
+
+    def ask(self, prompts: Any, engine: Any) -> None:
+        """Two responses to one prompt of the pool and one, with a forced beginning, to another; twice the likeliest ones."""
+        requests = Requests.of(prompts.select(torch.tensor([5, 9])), torch.tensor([2, 1]))
+        greedy = engine.generate(requests, greedy=True, score=False)
+        requests.prefixes[2] = "12"
+        made = engine.generate(requests, replace(engine.sampling(3), max_tokens=torch.tensor([4, 5, 7])))
+        given = engine.log_probs(made.prompts, made.responses, made.mask)
+        self.note(
+            "engine.generate", keys=made.prompt_keys.tolist(), wanted=prompts.keys[torch.tensor([5, 5, 9])].tolist(),
+            groups=made.groups.tolist(), lengths=made.mask.sum(1).tolist(), kind=made.kind.tolist(),
+            version=made.version.tolist(), scores=made.scores.flatten().tolist(), prefix=made.prefix.sum(1).tolist(),
+            difference=float(((given - made.rollout_log_probs) * (made.mask & ~made.prefix)).abs().max()),
+            greedy=greedy.responses.tolist(), unscored=bool(greedy.scores.isnan().all()),
+        )  # fmt: skip
 
     @hookimpl
     def prepare_mini_batch(self, batch: Any) -> None:

@@ -1,4 +1,5 @@
-"""OpenRLHF itself: Ray, DeepSpeed, vLLM, a reward file, evaluation, checkpoints. One run, killed, and its resume."""
+"""OpenRLHF itself: Ray, DeepSpeed, vLLM, a reward file, evaluation, checkpoints. One run, killed, and its resume; a run with
+an empty stack and one of plain OpenRLHF."""
 
 import json
 import math
@@ -8,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from openrlhf_runs import OpenRLHFRun, end_all, install_probe, notes_of
+from openrlhf_runs import REPRODUCIBLE, SCRIPTED, OpenRLHFRun, end_all, imports, install_probe, notes_of, ours
 from safetensors.torch import load_file
+
+from rlplugins_openrlhf.cpu import launch
 
 STACK = ("bnpo", "bapo", "d3s")
 STEPS = 4
+PROCESSES = 5  # that import OpenRLHF: the command, the trainer, the actor, the engine and its worker
+MODULES = {"__main__", "launch", "settings"}  # of the adapter, in that command: nothing that binds
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +37,7 @@ def with_probe(folder: Path) -> tuple[Path, Path, Path]:
     notes = folder / "notes.jsonl"
     file = folder / "stack.yaml"
     plugins = [*STACK, {"openrlhf-probe": {"log_file": str(notes)}}]
-    file.write_text(json.dumps({"plugins": plugins, "off": ["openrlhf-probe.process_logits"]}))
+    file.write_text(json.dumps({"plugins": plugins}))
     return file, notes, install_probe(folder / "probe")
 
 
@@ -53,6 +58,7 @@ def test_every_hook_is_called_where_it_belongs_and_a_killed_run_goes_on(tmp_path
     first = notes_of(notes)
     check_prompts_and_rollouts(first)
     check_credit_and_update(first)
+    check_asked(first)
     state, table = plugin_state(run, 2)
     assert state["step"] == 2 and state["states"]["openrlhf-probe"] == {"steps": 2, "validations": 1}
     assert state["states"]["d3s"]["progress_step"] == 2  # saved after the life hooks, and after the validation
@@ -99,6 +105,7 @@ def check_prompts_and_rollouts(seen: Any) -> None:
     assert prefixed == [2] * 4 and sum(first["prefix"]) == 8
     starts = [tokens for tokens, draw in zip(first["start"], first["drawn"], strict=True) if draw == 1]
     assert len({tuple(tokens) for tokens in starts}) == 1  # all of them begin with the same forced text
+    assert [draw == 2 for draw in first["drawn"]] == first["steered"]  # process_logits, with each request's numbers
     assert first["names"] == ["right", "digits"] and min(first["difficulty"]) >= 0
     assert [set(entry["version"]) for entry in extended[:2]] == [{0}, {1}]
     assert all(entry["difference"] < 0.1 for entry in seen("engine.log_probs"))  # bfloat16 in two implementations
@@ -122,7 +129,41 @@ def check_credit_and_update(seen: Any) -> None:
     assert len(loop) == 1 and len(update) == 1 and not loop & update
 
 
+def check_asked(seen: Any) -> None:
+    """The responses that the probe asked for itself, one time in each step."""
+    asked = seen("engine.generate")
+    assert len(asked) == 2 and [set(entry["version"]) for entry in asked] == [{0}, {1}]
+    for entry in asked:
+        assert entry["keys"] == entry["wanted"] and entry["groups"] == [0, 0, 1] and set(entry["kind"]) == {0}
+        assert all(0 < length <= most for length, most in zip(entry["lengths"], [4, 5, 7], strict=True))
+        assert entry["prefix"] == [0, 0, 2]  # continued from the forced beginning
+        assert all(math.isfinite(score) for score in entry["scores"]) and entry["unscored"]
+        assert entry["difference"] < 0.1  # drawn with the policy's present weights
+        assert entry["greedy"][0] == entry["greedy"][1]
+
+
 def test_a_stack_that_cannot_run_ends_before_ray_starts(tmp_path: Path) -> None:
     log = OpenRLHFRun(tmp_path / "run", "spo").fails()
     assert "error: " in log and "set --rollout.n_samples_per_prompt 1" in log
     assert "Traceback" not in log and "Started a local Ray instance" not in log
+
+
+def test_an_empty_stack_is_plain_openrlhf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SITE", REPRODUCIBLE)
+    runs, loaded = [], []
+    for name, stack in {"plain": None, "empty": "[]"}.items():
+        seen = tmp_path / f"seen-{name}"
+        seen.mkdir()
+        monkeypatch.setenv("RLPLUGINS_OPENRLHF_SEEN", str(seen))
+        runs.append(OpenRLHFRun(tmp_path / name, stack, SCRIPTED, steps=5).wait())
+        loaded.append(imports(seen))
+        assert len(loaded[-1]) >= PROCESSES
+    plain, empty = (run.measured for run in runs)
+    started = ours(loaded[1].pop(runs[1].process.pid))
+    others = [ours(names) for run in loaded for names in run.values()]
+    assert not any(others)  # no other process has loaded anything to patch with
+    adapter = {name for name in started if name.startswith("rlplugins_openrlhf.")}
+    assert adapter <= {f"rlplugins_openrlhf.{name}" for name in MODULES}
+    assert len(plain) == 5 and all(math.isfinite(step["train/policy_loss"]) for step in plain)
+    assert len({step["train/rollout/reward_mean"] for step in plain}) > 1
+    assert empty == plain

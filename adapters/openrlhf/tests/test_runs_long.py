@@ -7,16 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from openrlhf_runs import HERE, OpenRLHFRun, end_all
+from openrlhf_runs import REPRODUCIBLE, SCRIPTED, OpenRLHFRun, end_all
 
 from rlplugins_openrlhf.cpu import launch, tiny
 
 pytestmark = pytest.mark.long
-SCRIPTED = ["--train.agent_func_path", str(HERE / "scripted_agent.py")]
-TIMES = ("train/timing/",)
 
 
 @pytest.fixture(autouse=True)
@@ -25,28 +22,21 @@ def nothing_left_behind() -> Iterator[None]:
     end_all()
 
 
-def measured(run: OpenRLHFRun) -> list[dict[str, Any]]:
-    """All metrics but those that say how long something took."""
-    return [{name: value for name, value in step.items() if not name.startswith(TIMES)} for step in run.metrics]
-
-
-def test_an_empty_stack_is_plain_openrlhf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = tmp_path / "seen"
-    seen.mkdir()
-    monkeypatch.setenv("RLPLUGINS_OPENRLHF_SEEN", str(seen))
-    monkeypatch.setenv("PYTHONPATH", str(HERE / "reproducible"))
-    monkeypatch.setattr(launch, "SITE", HERE / "reproducible")
-    plain = OpenRLHFRun(tmp_path / "plain", None, SCRIPTED, steps=5).wait()
-    assert not list(seen.iterdir())
-    empty = OpenRLHFRun(tmp_path / "empty", "[]", SCRIPTED, steps=5).wait()
-    mine, theirs = measured(empty), measured(plain)
-    assert len(theirs) == 5 and all(math.isfinite(step["train/policy_loss"]) for step in theirs)
-    assert len({step["train/rollout/reward_mean"] for step in theirs}) > 1
-    assert mine == theirs
-    started = {file.name for file in seen.iterdir()}
-    assert started == {str(empty.process.pid)}  # no other process has loaded anything of the adapter
-    loaded = {name for file in seen.iterdir() for name in file.read_text().split()}
-    assert loaded <= {"rlplugins_openrlhf.launch", "rlplugins_openrlhf.settings"}
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setattr(launch, "SITE", REPRODUCIBLE)
+    monkeypatch.setenv("RLPLUGINS_OPENRLHF_GATE", str(gate))
+    flags = [*SCRIPTED, "--ckpt.save_steps", "2", "--ckpt.load_enable"]
+    whole = OpenRLHFRun(tmp_path / "whole", "bapo,d3s", flags, steps=4).wait()
+    gate.touch()
+    killed = OpenRLHFRun(tmp_path / "killed", "bapo,d3s", flags, steps=4)
+    killed.wait_for(lambda: killed.saved() == 2)
+    killed.kill()
+    gate.unlink()
+    resumed = OpenRLHFRun(tmp_path / "killed", "bapo,d3s", flags, steps=4).wait()
+    assert [step["step"] for step in resumed.measured] == [3, 4]
+    assert resumed.measured == whole.measured[2:]
+    assert (resumed.state(4) / "state.json").read_text() == (whole.state(4) / "state.json").read_text()
 
 
 def test_generation_ahead_of_the_updates(tmp_path: Path) -> None:

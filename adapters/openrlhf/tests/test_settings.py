@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlplugins import Plugin, hookimpl
+from rlplugins import Plugin, hookimpl, logits
 from rlplugins.errors import ConfigurationError, StackError, StateError
 from rlplugins.registry import make_builtin
+from rlplugins.rollouts import Requests, Sampling
 from rlplugins.stack import Stack, StackConfig
 from rlplugins.steps import Run
 from rlplugins.testing import make_pool
-from rlplugins_openrlhf import install, launch, settings, study
+from rlplugins_openrlhf import install, launch, rollout, settings, study, worker
 from rlplugins_openrlhf.adapter import adapter
 
 FLAGS = {
@@ -26,6 +27,8 @@ FLAGS = {
     "actor.num_nodes": 1, "actor.num_gpus_per_node": 2, "actor.eps_clip": 0.2, "algo.advantage.estimator": "group_norm",
     "algo.kl.init_coef": 0.0, "reward.remote_url": ["reward.py"],
 }  # fmt: skip
+
+KL = {"algo__kl__init_coef": 1e-9, "algo__kl__use_loss": True}
 
 
 def flags(**changes: Any) -> SimpleNamespace:
@@ -232,6 +235,87 @@ def test_a_fit_binds_its_own_trainer_first() -> None:
     assert seen == [("PPOTrainer", actor, {"plugins": ["bapo"]}, {"global_step": 3})]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train__micro_batch_size": 2}, "set --train.micro_batch_size 4, so"),
+        ({"train__micro_batch_size": 6}, "set --train.micro_batch_size 8, so"),
+        ({"train__batch_size": 12}, "set --train.batch_size 16, so"),
+        ({"train__dynamic_batch_enable": True}, "leave out --train.dynamic_batch_enable"),
+    ],
+)
+def test_flags_that_tear_groups_apart_are_refused_with_what_to_do(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(StackError, match="p3o needs rows kept in one micro-batch") as refused:
+        built(flags(**KL, **changes), "p3o")
+    assert said in str(refused.value)
+    if "train__dynamic_batch_enable" not in changes:
+        built(flags(**changes), "bapo")
+
+
+def test_flags_that_keep_groups_are_accepted_but_for_groups_that_may_grow() -> None:
+    built(flags(**KL), "p3o")
+    built(flags(**KL, train__micro_batch_size=8, train__batch_size=32), "p3o")
+    built(flags(**KL, train__micro_batch_size=2), {"p3o": {"partners": "mini_batch"}}, "knapsack")
+    with pytest.raises(ConfigurationError, match="allocate_rollouts may make a group"):
+        built(flags(**KL), "p3o", "knapsack")
+
+
+def test_micro_batches_are_filled_with_whole_units_and_then_with_rows_that_count_nowhere() -> None:
+    from rlplugins_openrlhf.trainer import whole
+
+    assert whole(torch.arange(3).repeat_interleave(2), 6, 2) == list(range(6))
+    units = torch.tensor([0, 1, 1, 2, 1, 2, 0, 3])  # of sizes 2, 3, 2 and 1
+    order = whole(units, 12, 4)
+    assert sorted(order) == list(range(12))
+    parts = [order[first : first + 4] for first in range(0, 12, 4)]
+    for unit in range(4):
+        assert sum(any(row < 8 and units[row] == unit for row in part) for part in parts) == 1
+    with pytest.raises(ConfigurationError, match="4 rows that must stay whole in one micro-batch of 2"):
+        whole(torch.zeros(4, dtype=torch.int64), 6, 2)
+
+
+def test_the_buffer_gives_whole_micro_batches_in_every_step() -> None:
+    buffer = SimpleNamespace(items=list("abcdef"), dynamic_batch=False, sample_batch_size=2, dynamic_indices=[])
+    worker.keep_whole(buffer, 2)
+    assert buffer.dynamic_indices == [[0, 1], [2, 3], [4, 5]] and buffer.dynamic_batch and buffer.sample_batch_size == 1
+    buffer.items = list("gh")
+    worker.keep_whole(buffer, 2)
+    assert buffer.dynamic_indices == [[0, 1]]
+
+
+def test_the_rule_for_logits_is_among_the_options_of_every_engine() -> None:
+    given: list[Any] = []
+
+    class Engine:
+        """Stands for Ray's actor class."""
+
+        def options(self, **scheduling: Any) -> SimpleNamespace:
+            given.append(scheduling)
+            return SimpleNamespace(remote=lambda **words: given.append(words))
+
+    module = ModuleType("vllm_engine")
+    module.RolloutRayActor = Engine()  # type: ignore[attr-defined]
+    stack = built(flags(), "hapo-token")
+    install.bind_engines(module, stack)
+    for number in range(2):
+        module.RolloutRayActor.options(num_cpus=1).remote(model="m", seed=number)
+        scheduling, words = given[-2:]
+        assert scheduling == {"num_cpus": 1} and words["model"] == "m" and words["seed"] == number
+        assert words["logits_processors"] == [logits.PROCESSOR]
+        assert logits.Rule(words["additional_config"][logits.KEY]).stack.fingerprint == stack.fingerprint
+
+
+def test_a_request_takes_its_numbers_where_the_engine_has_a_rule() -> None:
+    prompts = make_pool(2)
+    plain = Requests.of(prompts, torch.ones(2, dtype=torch.int64))
+    sampling = Sampling.of(2, 1.0, 5)
+    sampling.numbers["hapo_token"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for numbers in (False, True):
+        made = [row[0].sampling for row in rollout.requests_of(plain, plain, sampling, {}, numbers=numbers)]
+        found = [logits.numbers_of(parameters or {}) for parameters in made]
+        assert found == ([{"hapo_token": [1.0, 2.0]}, {"hapo_token": [3.0, 4.0]}] if numbers else [{}, {}])
+
+
 def test_a_study_shows_its_flags() -> None:
     base = "python -m openrlhf.cli.train_ppo_ray --rollout.n_samples_per_prompt 1 --algo.advantage.estimator reinforce"
     declared = adapter.configured(
@@ -242,6 +326,25 @@ def test_a_study_shows_its_flags() -> None:
     assert adapter.configured({"base": "bash train.sh"}).group_size is None  # a script hides them
     with pytest.raises(ConfigurationError, match=r"train\.bse"):
         adapter.configured({"bse": base})
+
+
+def test_a_study_may_be_of_either_command() -> None:
+    base = "deepspeed --module openrlhf.cli.train_dpo --model.beta 0.3"
+    declared = adapter.configured({"base": base, "overrides": ["--model.label_smoothing", "0.1"]})
+    assert declared.defaults == {"preference_loss": {"cdpo": {"beta": 0.3, "label_smoothing": 0.1}}}
+    stack, legal = Stack.explain(StackConfig(plugins=["bnpo"]), declared)
+    assert not legal and "run train_ppo_ray" in " ".join(stack.split())
+    ppo = adapter.configured({"base": "rlplugins openrlhf train_ppo_ray --rollout.n_samples_per_prompt 4"})
+    stack, legal = Stack.explain(StackConfig(plugins=["rdpo"]), ppo)
+    assert not legal and "run train_dpo" in " ".join(stack.split())
+    words = study.with_launcher(base.split())
+    assert words[2:4] == ["rlplugins_openrlhf", "train_dpo"] and words[-1] == "0.3"
+
+
+@pytest.mark.parametrize("plugin", ["rdpo", "bnpo", "p3o", "hapo-token"])
+def test_explain_takes_plugins_of_either_command(plugin: str) -> None:
+    text, legal = Stack.explain(StackConfig(plugins=[plugin]), "openrlhf")
+    assert legal, text
 
 
 def test_a_study_puts_its_cell_into_the_command_line(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from rlplugins_verl import settings
 class VerlAdapter:
     """The entry point of this adapter; see `rlplugins.trainer.Adapter`."""
 
+    distribution = "verl"
+
     def configured(self, options: Mapping[str, Any]) -> Trainer:
         """verl as the command line of a study sets it; its synchronous trainer as far as that does not show."""
         from rlplugins_verl.study import shown_settings

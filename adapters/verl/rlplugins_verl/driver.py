@@ -31,13 +31,15 @@ import transfer_queue as tq
 from omegaconf import open_dict
 from torch import Tensor
 
+from rlplugins import logits
 from rlplugins.errors import ConfigurationError, StateError
 from rlplugins.rollouts import Prompts, Requests, Rollouts, Sampling
 from rlplugins.stack import Credit, Stack
 from rlplugins.steps import Run
 from rlplugins.table import PromptTable
+from rlplugins.together import units_of
 from rlplugins_verl import columns as rows_of_verl
-from rlplugins_verl import logits, settings, together, worker
+from rlplugins_verl import settings, together, worker
 from rlplugins_verl.columns import KEY, PLACE, PROMPT, REAL, REQUESTS, padded
 from rlplugins_verl.engine import VerlEngine
 from rlplugins_verl.pool import Pool
@@ -92,7 +94,9 @@ class WithPlugins:
             if self.stack.takes("entropy", "update"):
                 config.actor_rollout_ref.actor.calculate_entropy = True
             if self.stack.claims("process_logits"):
-                logits.hand_over(config, self.stack)
+                rollout = config.actor_rollout_ref.rollout
+                options = (rollout.get("engine_kwargs") or {}).get(rollout.name) or {}
+                rollout.engine_kwargs[rollout.name] = logits.with_rule(options, self.stack)
         self.rollouts: Rollouts | None = None
         self.credit: Credit | None = None
         self.engine: VerlEngine | None = None
@@ -338,7 +342,7 @@ class WithPlugins:
     def _units(self) -> Tensor:
         """(B,) int64, equal for rows that stay together."""
         assert self.rollouts is not None and self.credit is not None
-        return together.units_of(self.stack, self.rollouts, self.credit.groups)
+        return units_of(self.stack, self.rollouts, self.credit.groups)
 
     def _deal(self, batch: Any) -> None:
         """Put the batch in an order in which every rank gets whole units in every mini-batch."""

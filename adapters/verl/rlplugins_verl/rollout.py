@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from rlplugins.logits import request_args
 from rlplugins.rollouts import Requests, Sampling
 from rlplugins_verl.columns import PREFIX, REQUESTS
-from rlplugins_verl.logits import KEY
 from rlplugins_verl.worker import versions
 
 AGENT = "rlplugins"
@@ -42,10 +42,8 @@ def requests_of(
             request["prefix"] = requests.prefixes[row]
         if sampling is not None:
             request["sampling"] = parameters(sampling, row)
-            if numbers and sampling.numbers:
-                request["sampling"]["extra_args"] = {
-                    KEY: {name: column[row].tolist() for name, column in sampling.numbers.items()}
-                }
+            if numbers:
+                request["sampling"] |= request_args(sampling, row)
         made[prompt].append(request)
     return made
 

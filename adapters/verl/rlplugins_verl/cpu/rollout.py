@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rlplugins.imports import after_import
-from rlplugins_verl.logits import KEY, Rule, numbers_of, parts_of
+from rlplugins.logits import KEY, Rule, numbers_of, parts_of
 
 NAME = "light"
 DRAW = "draw"
