@@ -1,79 +1,86 @@
-"""Steps of OpenRLHF with an empty stack and with `grpo` through the stack, beside plain OpenRLHF: ratios of alternating runs.
+"""Steps of OpenRLHF with an empty stack and with `grpo` through the stack, beside plain OpenRLHF; writes docs/performance.md.
 
-    .venv-openrlhf/bin/python benchmarks/openrlhf_step.py [--pairs 5] [--steps 16] [--folder runs/openrlhf-benchmark]
+    .venv-openrlhf/bin/python benchmarks/openrlhf_step.py [--rounds 5] [--steps 16] [--folder runs/openrlhf-benchmark]
 
-Every pair starts all variants one after the other, in an order that changes from pair to pair, on the same tiny run. A
-variant's time is the median over its steps but the first two; its ratio is taken within a pair, and the interval is that of
-the mean of log ratios (Student's t, 95 %).
+A variant's time is the median over its steps but the first two. See `steps.py` for the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import shutil
 import statistics
 import subprocess
+import sys
+import time
 from pathlib import Path
 
-from scipy.stats import t as student
+import psutil
 
-from rlplugins_openrlhf.cpu import launch, tiny
-from rlplugins_openrlhf.study import LOGS, metrics
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-VARIANTS = {"plain OpenRLHF": None, "empty stack": "[]", "grpo": "{stack}"}
+from benchmarks import steps  # noqa: E402
+from benchmarks.report import PAGE, STEPS_OF_OPENRLHF, installed  # noqa: E402
+from rlplugins_openrlhf.cpu import launch, tiny  # noqa: E402
+from rlplugins_openrlhf.study import LOGS, metrics  # noqa: E402
+
+BASE = "plain OpenRLHF"
+VARIANTS = {BASE: None, "empty stack": "[]", "grpo through the stack": "{stack}"}
 GRPO = "plugins: [grpo]\nowners: {policy_loss: ppo_clip}\n"
-PARTS = ("step_total", "generation", "make_experience", "ppo_train")
+PARTS = {
+    "time of a step": "step_total", "of it generation": "generation", "of it passes and credit": "make_experience",
+    "of it the update": "ppo_train",
+}  # fmt: skip
+PROCESSES = {"driver": "PPOTrainer", "worker": "PolicyModelActor"}
+TARGETS = {"time of a step": 1.01}
 WARM = 2
+INTRODUCTION = """Written by `benchmarks/openrlhf_step.py`: {rounds} rounds of one start each, {steps} steps per start, a tiny
+model and vLLM on {cores} cores. The geometric mean of the ratios of neighbouring starts and its 95 % interval; memory is the
+largest resident size of the process. With so small a model a step costs little beside what is the same for every model, so
+this is an upper bound."""
 
 
-def run(folder: Path, stack: str | None, steps: int) -> dict[str, float]:
-    """Seconds per step, and of its parts."""
+def run(folder: Path, stack: str | None, count: int) -> steps.Measured:
+    """Seconds per step and of its parts, and peak memory in bytes of driver and worker."""
     shutil.rmtree(folder, ignore_errors=True)
     tiny.write(folder)
     (folder / "grpo.yaml").write_text(GRPO)
     named = stack.format(stack=folder / "grpo.yaml") if stack else None
-    words = launch.command(folder, named, ["--logger.tensorboard_dir", str(folder / LOGS)], steps=steps)
+    words = launch.command(folder, named, ["--logger.tensorboard_dir", str(folder / LOGS)], steps=count)
+    peaks = dict.fromkeys(PROCESSES, 0)
     with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(words, cwd=folder, env=launch.environment(), stdout=log, stderr=log, check=False)
-    if done.returncode:
+        process = subprocess.Popen(words, cwd=folder, env=launch.environment(), stdout=log, stderr=log)
+        while process.poll() is None:
+            steps.watch(process.pid, PROCESSES, peaks)
+            time.sleep(2)
+    if process.returncode:
         raise SystemExit(f"a run failed: {folder / 'log.txt'}")
     found = metrics(folder)
     later = [found[step] for step in sorted(found)][WARM:]
-    return {part: statistics.median(step[f"timing/{part}"] for step in later) for part in PARTS}
-
-
-def interval(ratios: list[float]) -> str:
-    """Geometric mean of ratios, and its 95 % interval."""
-    logs = [math.log(ratio) for ratio in ratios]
-    middle = statistics.fmean(logs)
-    if len(logs) < 2:
-        return f"{math.exp(middle):.3f}"
-    half = float(student.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return f"{math.exp(middle):.3f} ({math.exp(middle - half):.3f} to {math.exp(middle + half):.3f})"
+    times = {name: statistics.median(step[f"timing/{part}"] for step in later) for name, part in PARTS.items()}
+    return times | {f"peak memory of the {name}": float(peak) for name, peak in peaks.items()}
 
 
 def main() -> None:
-    """Run the pairs and print the table."""
+    """Run the rounds and write the section."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--folder", type=Path, default=Path("runs/openrlhf-benchmark"))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "openrlhf-benchmark")
+    parser.add_argument("--page", type=Path, default=ROOT / PAGE, help="where the section goes")
     options = parser.parse_args()
     folder = options.folder.absolute()
-    pairs = []
-    for pair in range(options.pairs):
-        names = list(VARIANTS)
-        names = names[pair % len(names) :] + names[: pair % len(names)]
-        found = {name: run(folder / name.replace(" ", "-"), VARIANTS[name], options.steps) for name in names}
-        pairs.append(found)
-        print(f"pair {pair + 1} of {options.pairs}: {json.dumps(found)}", flush=True)
-    base, *others = VARIANTS
-    print(f"\n| | {' | '.join(others)} |\n|---|{'---|' * len(others)}")
-    for part in PARTS:
-        cells = [interval([pair[name][part] / pair[base][part] for pair in pairs]) for name in others]
-        print(f"| {part} | {' | '.join(cells)} |")
+
+    def measured(name: str) -> steps.Measured:
+        return run(folder / name.replace(" ", "-"), VARIANTS[name], options.steps)
+
+    rounds = steps.run_rounds(options.rounds, VARIANTS, measured)
+    introduction = INTRODUCTION.format(rounds=len(rounds), steps=options.steps, cores=psutil.cpu_count())
+    footer = f"Run with openrlhf {installed('openrlhf')}, torch {installed('torch')}."
+    steps.write(
+        options.page, STEPS_OF_OPENRLHF, "\n\n".join([introduction, steps.table(rounds, BASE, TARGETS), footer])
+    )
 
 
 if __name__ == "__main__":

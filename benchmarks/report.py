@@ -22,11 +22,14 @@ tensors: the median of the quotients of neighbouring runs, and in brackets their
 times, memory is what torch allocates. "Times faster" divides the other's time by ours, "of" divides ours by the
 other's or by the limit. Ours is always the whole stack, its checks included; the other is the bare function. A large
 tensor is freed beforehand, after which malloc keeps its pages, as in the process of a trainer.
+
+"Its memory traffic" is a bound: every tensor of one number per token that the phase must see (the mask always) is read
+once, block by block into a buffer that stays in the cache, and every such tensor that it must make is written once.
 """
 
 
-STEPS_OF_VERL = "Steps of verl"
-"""Heading of the section that `verl_step.py` writes, and `make benchmark` leaves as it is."""
+STEPS_OF_VERL, STEPS_OF_OPENRLHF = "Steps of verl", "Steps of OpenRLHF"
+"""Headings of the sections that other scripts write, and `make benchmark` leaves as they are."""
 
 
 def cpu_seconds(function: Callable[[], Any], repeat: int = 1) -> float:
@@ -145,10 +148,12 @@ def with_section(text: str, heading: str, body: str) -> str:
 
 
 def page(lines: Sequence[Line], before: str = "") -> str:
-    """The whole page; what another script wrote on the one `before` stays."""
+    """The whole page; what other scripts wrote on the one `before` stays."""
     text = _page(lines)
-    kept = section(before, STEPS_OF_VERL)
-    return with_section(text, STEPS_OF_VERL, kept) if kept else text
+    for heading in (STEPS_OF_VERL, STEPS_OF_OPENRLHF):
+        if kept := section(before, heading):
+            text = with_section(text, heading, kept)
+    return text
 
 
 def _page(lines: Sequence[Line]) -> str:

@@ -53,14 +53,14 @@ METHODS: dict[str, Method] = {
     "bapo": Method(),
     "bnpo": Method(),
     "d3s": Method(credit=("entropy",), advantages=True),
-    "epo": Method(update=("entropy",), entropy_gradient=True),
+    "epo": Method(credit=("entropy",), update=("entropy",), entropy_gradient=True),
     "grpo-d": Method(update=("ref_log_probs",)),
     "gtpo": Method(credit=("entropy",), advantages=True),
     "hapo-history": Method(credit=("responses",)),
     "hapo-token": Method(credit=("entropy",), advantages=True, update=("entropy",)),
     "hbpo": Method(),
     "knapsack": Method(),
-    "p3o": Method(),
+    "p3o": Method(credit=("old_log_probs", "ref_log_probs")),
     "pf-ppo": Method(),
     "rank-grpo": Method(
         credit=("responses",), advantages=True, options={"n_ranks": 3, "separators": {5: 1}, "end_tokens": [1]}
@@ -73,7 +73,9 @@ METHODS: dict[str, Method] = {
     "stratified-grpo": Method(),
 }
 CONTRIB = Path(__file__).resolve().parent.parent / "contrib"
-SLUGS = sorted(file.parent.name for file in CONTRIB.glob("[a-z]*/pyproject.toml"))
+PREFERENCES = {"rdpo"}
+"""Methods of pairs, whose loss is a few numbers per pair."""
+SLUGS = sorted({file.parent.name for file in CONTRIB.glob("[a-z]*/pyproject.toml")} - PREFERENCES)
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ class Difference(Plugin):
         advantages = ops.safe_divide(rewards - baseline, scale.to(rewards.dtype).expand_as(rewards))
         if rewards.shape[1] == 1:
             return advantages
-        return ops.spread_segments(advantages, segments)
+        return ops.by_blocks(ops.spread_segments, advantages, segments)
 
 
 class Gae(Plugin):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,6 +111,24 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of each row over its masked tokens, (B, 1)."""
+    return by_blocks(lambda values, mask: (values * as_numbers(mask, values.dtype)).sum(1, keepdim=True), values, mask)
+
+
+def masked_values(values: Tensor, mask: Tensor) -> Tensor:
+    """The values (B, T) of the masked tokens in a row, (N,), in float32. NumPy picks them many times as fast as torch."""
+    values = values.detach().float()
+    return values[mask] if values.device.type != "cpu" else torch.from_numpy(values.numpy()[mask.numpy()])
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of the values (N,), a scalar; 1 is the smallest, NaN is larger than all numbers."""
+    if values.device.type != "cpu":
+        return values.kthvalue(k).values
+    return torch.from_numpy(np.partition(values.numpy(), k - 1)[k - 1 : k])[0]
+
+
 def lengths(mask: Tensor) -> Tensor:
     """Number of masked tokens of each row, (B, 1), in float."""
     words, rest = divmod(mask.shape[1], 8)
@@ -165,6 +184,11 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0) if bool((by_blocks(astray, values, mask) != 0).any()) else values
 
 
+def gaps(mask: Tensor) -> Tensor:
+    """Number of gaps of each row, (B, 1), in float: places at which masked tokens follow others."""
+    return by_blocks(lambda mask: lengths(mask[:, 1:] > mask[:, :-1]), mask)
+
+
 def last_token(mask: Tensor) -> Tensor:
     """Index of each row's last masked token, (B, 1) int64; 0 for a row without tokens."""
     positions = torch.arange(mask.shape[1], device=mask.device)
@@ -173,8 +197,8 @@ def last_token(mask: Tensor) -> Tensor:
 
 def spread_segments(values: Tensor, segments: Tensor) -> Tensor:
     """Values per segment (B, N) to the tokens (B, T) of each segment; 0 for tokens of no segment or of one >= N."""
-    known = (segments >= 0) & (segments < values.shape[1])
-    return torch.nan_to_num(values.gather(1, torch.where(known, segments, 0))) * known
+    padded = torch.nn.functional.pad(torch.nan_to_num(values), (1, 1))  # zeros before the first and behind the last
+    return padded.gather(1, segments.clamp(-1, values.shape[1]) + 1)
 
 
 def segment_mean(values: Tensor, segments: Tensor, mask: Tensor, count: int) -> Tensor:

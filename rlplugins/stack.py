@@ -864,7 +864,8 @@ class Stack:
                 weights = (
                     weights if foreign is None else torch.where(foreign, 1.0 if before is None else before, weights)
                 )
-            if not bool(((weights >= 0) & (weights < torch.inf)).all()):
+            low, high = weights.aminmax() if weights.numel() else (0.0, 0.0)  # NaN if one is
+            if not (low >= 0 and high < torch.inf):
                 raise HookError(item.plugin.name, item.hook, "weights must be finite and >= 0")
             return weights
 
@@ -926,7 +927,7 @@ def _plain(value: Any) -> Any:
 def _expect_integers(item: Implementation, value: Any, shape: tuple[int, ...]) -> Tensor:
     """`value`, if it is an int64 tensor of this shape that holds -1 and more."""
     value = expect(item, value, [shape])
-    if value.dtype != torch.int64 or bool((value < -1).any()):
+    if value.dtype != torch.int64 or (value.numel() and int(value.min()) < -1):
         raise HookError(item.plugin.name, item.hook, f"must return int64 numbers, -1 or more; got {value.dtype}")
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -172,3 +173,23 @@ def test_tokens_are_counted_whatever_the_width_and_where_the_rows_stand(width: i
     assert counts.flatten().tolist() == [sum(row) for row in mask.tolist()] == [width - -(-width // 3), width, width]
     assert ops.lengths(mask[:0]).shape == (0, 1)
     assert ops.lengths(flat.view(1, -1)[:, :8]).item() == sum(flat[:8].tolist())
+
+
+@pytest.mark.parametrize("width", [1, 2, 9, 64])
+def test_masked_tokens_are_summed_picked_and_their_gaps_counted(width: int) -> None:
+    source = torch.Generator().manual_seed(width)
+    values, mask = torch.randn(5, width, generator=source), torch.rand(5, width, generator=source) < 0.5
+    rows = [[(float(v), m) for v, m in zip(*row, strict=True)] for row in zip(values, mask.tolist(), strict=True)]
+    sums = [sum(value for value, there in row if there) for row in rows]
+    assert ops.masked_sum(values, mask).flatten().tolist() == pytest.approx(sums, abs=1e-5)
+    assert ops.masked_values(values.bfloat16(), mask).tolist() == values.bfloat16()[mask].tolist()
+    starts = [sum(later > earlier for earlier, later in itertools.pairwise(row)) for row in mask.tolist()]
+    assert ops.gaps(mask).flatten().tolist() == starts
+
+
+@given(values=st.lists(number, min_size=1, max_size=30), place=st.floats(0, 1))
+@QUICK
+def test_the_kth_smallest_is_that_of_the_sorted_values_with_nan_last(values: list[float], place: float) -> None:
+    k = 1 + round(place * (len(values) - 1))
+    expected = sorted(values, key=lambda value: (math.isnan(value), value))[k - 1]
+    assert float(ops.kth_smallest(torch.tensor(values), k)) == pytest.approx(expected, nan_ok=True)

@@ -77,7 +77,7 @@ class D3s(Plugin):
         share = self.token_share(step)
         log("token_share", share)
         kept = valid if share == 1 else most_telling(advantages, entropy, valid, share, self.token_scope)
-        return kept.float()
+        return ops.as_numbers(kept)
 
     @hookimpl
     def on_step_end(self) -> None:
@@ -179,7 +179,7 @@ def most_telling(advantages: Tensor, entropy: Tensor, valid: Tensor, share: floa
         token_scope: `batch`: the share of all valid tokens; `response`: of each row's.
     """
     kept = torch.zeros_like(valid)
-    rows = valid.any(1).nonzero().flatten()
+    rows = ops.lengths(valid).flatten().nonzero().flatten()
     if not len(rows):
         return kept
     valid = valid[rows]
@@ -190,10 +190,10 @@ def most_telling(advantages: Tensor, entropy: Tensor, valid: Tensor, share: floa
         least = keys.sort(1, descending=True).values.gather(1, wanted - 1)
         missing = wanted - (keys > least).sum(1, keepdim=True)
     else:
-        pool = keys[valid]
-        wanted = rounded_share(share, valid.sum())
-        least = pool.kthvalue(len(pool) - int(wanted) + 1).values
-        tied = (keys == least).sum(1, keepdim=True)
+        pool = ops.masked_values(keys, valid)
+        wanted = rounded_share(share, torch.tensor(len(pool), device=pool.device))
+        least = ops.kth_smallest(pool, len(pool) - int(wanted) + 1)
+        tied = ops.lengths(keys == least).long()
         missing = wanted - (pool > least).sum() - (tied.cumsum(0) - tied)  # less what earlier rows took
     kept[rows] = (keys > least) | first_of_row(keys == least, missing)
     return kept

@@ -98,27 +98,29 @@ class Epo(Plugin):
     @hookimpl
     def prepare_step(self, rollouts: Rollouts, mask: Tensor, step: Step, log: Any) -> None:
         """The weights w, constant over a response, as column `epo_weight` (B, 1); the band's centre and beta_k."""
-        own = mask & rollouts.of_kind(POLICY)[:, None]
+        drawn = rollouts.of_kind(POLICY)
+        own = mask if bool(drawn.all()) else mask & drawn[:, None]
+        tokens = ops.lengths(own)
         if self.variant == "paper":
             w = token_weights(own, self._ids(rollouts, self.trajectory))
         else:
-            w = own.any(1, keepdim=True) / own.sum().clamp(min=1).double()
+            w = (tokens > 0) / tokens.double().sum().clamp(min=1)
         rollouts["epo_weight"] = w
         entropy = rollouts["entropy"]
         assert isinstance(entropy, Tensor)
-        L_H = ((entropy * own).sum(1, keepdim=True) * w).sum()
+        L_H = (ops.masked_sum(entropy, own) * w).sum()
         log("entropy", L_H)
         if self.variant == "paper":
-            self._share_paper(L_H, own, step, log)
+            self._share_paper(L_H, tokens, step, log)
         else:
-            rollouts["epo_turn"] = turn = torch.where(own.any(1, keepdim=True), self._turns(rollouts)[:, None], -1)
+            rollouts["epo_turn"] = turn = torch.where(tokens > 0, self._turns(rollouts)[:, None], -1)
             averages = turn_averages(entropy, own, turn, self.max_steps).cpu()
             step.share("average", averages)
             step.share("columns", mask.shape[1])
             step.share("h", torch.cat([self.state.history, averages[None]]).mean(0))
             step.share("weight", epoch_weight(step.number, self.max_epochs) if self.smooth_weights else 1.0)
 
-    def _share_paper(self, L_H: Tensor, own: Tensor, step: Step, log: Any) -> None:
+    def _share_paper(self, L_H: Tensor, tokens: Tensor, step: Step, log: Any) -> None:
         history = self.state.history
         beta_k = beta(step.number, step.total_steps, self.gamma)
         log("beta", beta_k)
@@ -126,7 +128,7 @@ class Epo(Plugin):
         if len(history):
             log("history", history.mean())
         step.share("Hbar", float(history.mean()) if len(history) else None)
-        if bool(own.any()):
+        if bool(tokens.any()):
             step.share("average", L_H.cpu())
 
     def _ids(self, rollouts: Rollouts, name: str | None) -> Tensor:
@@ -204,11 +206,11 @@ def token_weights(mask: Tensor, traj_id: Tensor) -> Tensor:
         mask: (B, T) bool; a row is a turn.
         traj_id: (B,) int64, equal for the turns of one trajectory.
     """
-    tokens = mask.sum(1, keepdim=True).double()
+    tokens = ops.lengths(mask).double()
     present = torch.where(tokens > 0, 1.0, torch.nan).double()
     turns = ops.group_count(present, traj_id)
-    trajectories = (1 / turns).masked_fill(~mask.any(1, keepdim=True), 0).sum()
-    return ops.safe_divide(mask.any(1, keepdim=True).double(), tokens * turns * trajectories)
+    trajectories = (1 / turns).masked_fill(tokens == 0, 0).sum()
+    return ops.safe_divide((tokens > 0).double(), tokens * turns * trajectories)
 
 
 def beta(k: int, K: int, gamma: float = 3.0) -> float:
@@ -240,7 +242,7 @@ def turn_averages(entropy: Tensor, mask: Tensor, turn: Tensor, max_steps: int) -
     """
     turns = int(turn.max()) + 1 if len(turn) else 0
     bucket = turn.flatten() + 1
-    sums = torch.stack([(entropy * mask).sum(1), mask.sum(1)]).double()
+    sums = torch.stack([ops.masked_sum(entropy, mask).flatten(), ops.lengths(mask).flatten()]).double()
     sums = sums.new_zeros((2, turns + 1)).index_add_(1, bucket, sums)[:, 1:]
     return torch.nn.functional.pad(ops.safe_divide(*sums), (max_steps - turns, 0))
 

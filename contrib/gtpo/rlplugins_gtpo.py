@@ -57,8 +57,8 @@ class Gtpo(Plugin):
         step: Step, log: Any,
     ) -> Tensor:  # fmt: skip
         grouped = groups >= 0
-        lengths = mask.sum(1, keepdim=True, dtype=torch.int32)
-        h = (entropy * mask).sum(1, keepdim=True) / lengths.clamp(min=1)
+        lengths = ops.lengths(mask)
+        h = ops.masked_sum(entropy, mask) / lengths.clamp(min=1)
         step.share("initial_entropy", self.initial_entropy(h[grouped]))
         kept = h <= self.threshold(step.shared["initial_entropy"])
         pos, neg = reward_signs(rewards, groups)
@@ -70,7 +70,12 @@ class Gtpo(Plugin):
         log("entropy", h[grouped].sum() / grouped.sum().clamp(min=1))
         log("filtered", (~kept[grouped]).sum() / grouped.sum().clamp(min=1))
         log("conflict_tokens", conflicts.sum() / lengths.sum().clamp(min=1))
-        return shaped * conflict_factors(forward, backward, mask, pos, neg, self.w_pos, self.combine)
+
+        def weighted(shaped: Tensor, forward: Tensor, backward: Tensor, mask: Tensor, *signs: Tensor) -> Tensor:
+            factors = conflict_factors(forward, backward, mask, *signs, self.w_pos, self.combine)
+            return shaped * factors.mul_(ops.as_numbers(mask))
+
+        return ops.by_blocks(weighted, shaped, forward, backward, mask, pos, neg)
 
     @hookimpl
     def policy_loss(self, log_probs: Tensor, advantages: Tensor, batch: Any) -> Tensor:
@@ -108,11 +113,11 @@ def conflict_factors(
 ) -> Tensor:  # fmt: skip
     """lambda, (B, T): on each run of `conflict_runs` w_pos in pos and 0 in neg, (B, 1); elsewhere 1."""
     place = places(mask)
-    on_forward, on_backward = place < forward, place >= mask.sum(1, keepdim=True, dtype=torch.int32) - backward
-    on_run = 1 + (w_pos - 1) * pos.float() - neg.float()
+    on_forward, on_backward = place < forward, place >= ops.lengths(mask) - backward
+    change = (w_pos - 1) * pos.float() - neg.float()
     if combine == "max":
-        return torch.where(on_forward | on_backward, on_run, 1.0)
-    return torch.where(on_forward, on_run, 1.0).mul_(torch.where(on_backward, on_run, 1.0))
+        return 1 + change * ops.as_numbers(on_forward | on_backward)
+    return (1 + change * ops.as_numbers(on_forward)) * (1 + change * ops.as_numbers(on_backward))
 
 
 def conflict_runs(token_ids: Tensor, mask: Tensor, pos: Tensor, neg: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,7 @@ def conflict_runs(token_ids: Tensor, mask: Tensor, pos: Tensor, neg: Tensor, gro
     """
     if has_gaps(mask):
         token_ids = token_ids.gather(1, torch.argsort(~mask, dim=1, stable=True))
-    lengths = mask.sum(1, dtype=torch.int32).long()
+    lengths = ops.lengths(mask).flatten().long()
     groups = torch.where((pos | neg).flatten(), ops.dense_groups(groups)[0], -1)
     forward = run_lengths(token_ids, lengths, pos.flatten(), groups, from_end=False)
     backward = run_lengths(token_ids, lengths, pos.flatten(), groups, from_end=True)
@@ -144,7 +149,7 @@ def places(mask: Tensor) -> Tensor:
 
 def has_gaps(mask: Tensor) -> bool:
     """Whether tokens of the mask follow others (tool output)."""
-    return bool((mask[:, 1:] & ~mask[:, :-1]).any())
+    return bool(ops.gaps(mask).any())
 
 
 def run_lengths(token_ids: Tensor, lengths: Tensor, pos: Tensor, groups: Tensor, *, from_end: bool) -> Tensor:

@@ -110,7 +110,8 @@ class HapoToken(Plugin):
     def shape_advantages(
         self, advantages: Tensor, entropy: Tensor, groups: Tensor, mask: Tensor, step: Step, log: Log
     ) -> Tensor:
-        statistics = self.statistics(entropy, mask & (groups >= 0)[:, None])
+        grouped = groups >= 0
+        statistics = self.statistics(entropy, mask if bool(grouped.all()) else mask & grouped[:, None])
         step.share("statistics", statistics)
         log("log_entropy_pivot", statistics[0])
         log("log_entropy_spread", statistics[1])
@@ -160,11 +161,14 @@ def entropy_statistics(entropy: Tensor, mask: Tensor, pivot: float = 0.8, releas
         pivot: q, of the quantile by nearest rank.
         released_sign: s- below 0, so that no token has hhat below 0.
     """
-    logs = entropy[mask & ~entropy.isnan()].float().clamp_(min=FLOOR).log_()
+    present = ops.masked_values(entropy, mask)
+    if bool(present.isnan().any()):
+        present = present[~present.isnan()]
+    logs = present.clamp_(min=FLOOR).log_()
     if not len(logs):
         return list(NEUTRAL)
     low, high = logs.aminmax()
-    med = logs.kthvalue(1 + round(pivot * (len(logs) - 1))).values
+    med = ops.kth_smallest(logs, 1 + round(pivot * (len(logs) - 1)))
     sd = logs.sub_(med).square_().mean().sqrt().clamp(min=SMALLEST_SD)
     highest, lowest = (high - med) / sd, (med - low) / sd
     s_plus, s_minus = ((end > 0) / end.clamp(min=FLOOR) for end in (highest, lowest))

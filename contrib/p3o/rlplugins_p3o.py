@@ -80,7 +80,9 @@ class P3o(Plugin):
         """r = R - beta (l_old - l_ref)."""
         reference = rollouts["ref_log_probs"]
         assert isinstance(reference, Tensor) and rollouts.old_log_probs is not None
-        kl = sequence_sum(rollouts.old_log_probs - reference, mask)
+        kl = ops.by_blocks(
+            lambda old, ref, mask: sequence_sum(old - ref, mask), rollouts.old_log_probs, reference, mask
+        )
         drawn = rollouts.of_kind(POLICY)
         step.share("kl", (float(kl[drawn].mean()) if bool(drawn.any()) else None, int(drawn.sum())))
         log("kl", kl[drawn].sum() / drawn.sum().clamp(min=1))
@@ -191,7 +193,8 @@ def v2(
 
 def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over each response's own tokens, (B, 1), in float32 or better."""
-    return (values * mask).sum(1, keepdim=True, dtype=torch.promote_types(values.dtype, torch.float32))
+    precision = torch.promote_types(values.dtype, torch.float32)
+    return (values * ops.as_numbers(mask, values.dtype)).sum(1, keepdim=True, dtype=precision)
 
 
 def sequence_ratio(now: Tensor, old: Tensor) -> Tensor:

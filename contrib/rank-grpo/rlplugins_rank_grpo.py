@@ -110,7 +110,8 @@ class RankGrpo(Plugin):
         table = self.state.separators.to(mask.device)
 
         def ranks(responses: Tensor, mask: Tensor) -> Tensor:
-            return rank_index(table[responses.clamp(max=len(table) - 1)], mask, self.n_ranks)
+            separators = table.index_select(0, responses.clamp(max=len(table) - 1).flatten())
+            return rank_index(separators.view_as(responses), mask, self.n_ranks)
 
         return ops.by_blocks(ranks, rollouts.responses, mask)
 
@@ -122,9 +123,12 @@ class RankGrpo(Plugin):
     def shape_advantages(
         self, advantages: Tensor, segments: Tensor, groups: Tensor, rollouts: Rollouts, mask: Tensor, log: Log
     ) -> Tensor:
-        eos = first_end(rollouts.responses, mask, self.state.end_tokens)
-        items = items_emitted(segments)
-        self._report(items[groups >= 0], log)
+        self._report(ops.by_blocks(items_emitted, segments)[groups >= 0], log)
+        return ops.by_blocks(self.shaped, advantages, segments, rollouts.responses, mask)
+
+    def shaped(self, advantages: Tensor, segments: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
+        """The advantages on items, and the length terms, (B, T)."""
+        eos = first_end(responses, mask, self.state.end_tokens)
         shaped = item_advantages(advantages, segments, eos, self.n_ranks)
         if not self.length_shaping:
             return shaped
@@ -190,7 +194,8 @@ def rank_index(separators: Tensor, mask: Tensor, n_ranks: int) -> Tensor:
         n_ranks: N.
     """
     counts = separators * mask
-    return torch.where(mask, (counts.cumsum(1) - counts).clamp(max=n_ranks), -1)
+    before = counts.cumsum(1, dtype=counts.dtype).sub_(counts).clamp_(max=n_ranks)
+    return torch.where(mask, before, -1).long()
 
 
 def items_emitted(segments: Tensor) -> Tensor:
@@ -200,13 +205,11 @@ def items_emitted(segments: Tensor) -> Tensor:
 
 def first_end(responses: Tensor, mask: Tensor, end_tokens: Tensor) -> Tensor:
     """eos, (B, T) bool: the first end token of each response."""
-    end_tokens = end_tokens.to(responses.device)
-
-    def first(responses: Tensor, mask: Tensor) -> Tensor:
-        ends = torch.isin(responses, end_tokens) & mask
-        return ends & (ends.cumsum(1) == 1)
-
-    return ops.by_blocks(first, responses, mask)
+    ends = torch.zeros_like(mask)
+    for token in end_tokens.tolist():  # one to three, for which this is faster than isin
+        ends |= responses == token
+    ends &= mask
+    return ends & (ends.cumsum(1, dtype=torch.int32) == 1)
 
 
 # rewards and advantages
@@ -232,7 +235,7 @@ def rank_scale(rank_rewards: Tensor, groups: Tensor) -> Tensor:
 
 def item_advantages(advantages: Tensor, rank_index: Tensor, eos: Tensor, n_ranks: int) -> Tensor:
     """The advantages (B, 1) or (B, T) on the tokens of the items; 0 on tokens after N items and on end tokens, (B, T)."""
-    return torch.where((rank_index >= 0) & (rank_index < n_ranks) & ~eos, advantages, 0.0)
+    return advantages * ops.as_numbers((rank_index >= 0) & (rank_index < n_ranks) & ~eos, advantages.dtype)
 
 
 def length_terms(
@@ -251,7 +254,7 @@ def length_terms(
     """
     items = items_emitted(rank_index)
     at_end = end_bonus * (items == n_ranks) + early_stop * (items < n_ranks)
-    return overflow * (rank_index == n_ranks) + at_end * eos
+    return overflow * ops.as_numbers(rank_index == n_ranks) + at_end * ops.as_numbers(eos)
 
 
 # update

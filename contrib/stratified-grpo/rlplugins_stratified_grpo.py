@@ -164,8 +164,7 @@ def variances(rewards: Tensor, groups: Tensor, strata: Tensor) -> tuple[Tensor, 
 
 def tool_calls(mask: Tensor) -> Tensor:
     """Tool outputs that the policy went on after, (B,) int64: gaps in the mask (B, T) of its own tokens."""
-    own = mask.bool()
-    return (own[:, 1:] > own[:, :-1]).sum(1)
+    return ops.gaps(mask.bool()).flatten().long()
 
 
 def numbered(column: Column) -> Tensor:
