@@ -77,7 +77,7 @@ def row(rounds: Rounds, base: str, name: str, measure: str, targets: Mapping[str
     wanted = verdict = ""
     if target is not None:
         wanted = f"at most {target:g}"
-        verdict = "met" if high <= target else "**missed**" if low > target else "within the interval"
+        verdict = "met" if high <= target else "**missed**" if low > target else "not settled"
     return f"| {name} | {measure} | {plain} | {middle:.4f} ({low:.4f} to {high:.4f}) | {wanted} | {verdict} |"
 
 
