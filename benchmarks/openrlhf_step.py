@@ -7,7 +7,6 @@ A variant's time is the median over its steps but the first two. See `steps.py` 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import subprocess
@@ -15,13 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import steps  # noqa: E402
-from benchmarks.report import PAGE, STEPS_OF_OPENRLHF, installed  # noqa: E402
+from benchmarks.report import STEPS_OF_OPENRLHF  # noqa: E402
 from rlplugins_openrlhf.cpu import launch, tiny  # noqa: E402
 from rlplugins_openrlhf.study import LOGS, metrics  # noqa: E402
 
@@ -62,26 +59,5 @@ def run(folder: Path, stack: str | None, count: int) -> steps.Measured:
     return times | {f"peak memory of the {name}": float(peak) for name, peak in peaks.items()}
 
 
-def main() -> None:
-    """Run the rounds and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "openrlhf-benchmark")
-    parser.add_argument("--page", type=Path, default=ROOT / PAGE, help="where the section goes")
-    options = parser.parse_args()
-    folder = options.folder.absolute()
-
-    def measured(name: str) -> steps.Measured:
-        return run(folder / name.replace(" ", "-"), VARIANTS[name], options.steps)
-
-    rounds = steps.run_rounds(options.rounds, VARIANTS, measured)
-    introduction = INTRODUCTION.format(rounds=len(rounds), steps=options.steps, cores=psutil.cpu_count())
-    footer = f"Run with openrlhf {installed('openrlhf')}, torch {installed('torch')}."
-    steps.write(
-        options.page, STEPS_OF_OPENRLHF, "\n\n".join([introduction, steps.table(rounds, BASE, TARGETS), footer])
-    )
-
-
 if __name__ == "__main__":
-    main()
+    steps.Benchmark("openrlhf", STEPS_OF_OPENRLHF, INTRODUCTION, VARIANTS, TARGETS, run).main(rounds=5, steps=16)

@@ -7,19 +7,67 @@ interval is that of the mean of the log ratios (Student's t, 95 %).
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from scipy.stats import t as student
 
-from benchmarks.report import with_section
+from benchmarks.report import PAGE, installed, with_section
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Measured = dict[str, float]
 Rounds = Sequence[Mapping[str, Measured]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The variants of one trainer.
+
+    Attributes:
+        trainer: its distribution.
+        heading: of the section on the page.
+        introduction: with `{rounds}`, `{steps}` and `{cores}`.
+        variants: by name what makes each; the first is the plain trainer.
+        targets: per measure the largest ratio that is wanted.
+        run: measures one start, from a folder, a variant and a number of steps.
+    """
+
+    trainer: str
+    heading: str
+    introduction: str
+    variants: Mapping[str, Any]
+    targets: Mapping[str, float]
+    run: Callable[[Path, Any, int], Measured]
+
+    def main(self, rounds: int, steps: int) -> None:
+        """Run the rounds and write the section; the arguments are the defaults of the flags."""
+        parser = argparse.ArgumentParser(description=self.heading)
+        parser.add_argument("--rounds", type=int, default=rounds)
+        parser.add_argument("--steps", type=int, default=steps)
+        parser.add_argument("--folder", type=Path, default=ROOT / "runs" / f"{self.trainer}-benchmark")
+        parser.add_argument("--page", type=Path, default=ROOT / PAGE, help="where the section goes")
+        options = parser.parse_args()
+        folder = options.folder.absolute()
+
+        def measured(name: str) -> Measured:
+            return self.run(folder / name.replace(" ", "-"), self.variants[name], options.steps)
+
+        made = run_rounds(options.rounds, self.variants, measured)
+        introduction = self.introduction.format(rounds=len(made), steps=options.steps, cores=psutil.cpu_count())
+        footer = f"Run with {self.trainer} {installed(self.trainer)}, torch {installed('torch')}."
+        base = next(iter(self.variants))
+        body = "\n\n".join([introduction, table(made, base, self.targets), footer])
+        text = options.page.read_text() if options.page.exists() else ""
+        options.page.write_text(with_section(text, self.heading, body))
+        print(body)
 
 
 def run_rounds(count: int, variants: Iterable[str], run: Callable[[str], Measured]) -> list[dict[str, Measured]]:
@@ -79,10 +127,3 @@ def row(rounds: Rounds, base: str, name: str, measure: str, targets: Mapping[str
         wanted = f"at most {target:g}"
         verdict = "met" if high <= target else "**missed**" if low > target else "not settled"
     return f"| {name} | {measure} | {plain} | {middle:.4f} ({low:.4f} to {high:.4f}) | {wanted} | {verdict} |"
-
-
-def write(page: Path, heading: str, body: str) -> None:
-    """Put the section on the page."""
-    text = page.read_text() if page.exists() else ""
-    page.write_text(with_section(text, heading, body))
-    print(body)

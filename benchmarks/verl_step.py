@@ -8,7 +8,6 @@ the first ones. See `steps.py` for the ratios.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -18,13 +17,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import quick_buffer, steps  # noqa: E402
-from benchmarks.report import PAGE, STEPS_OF_VERL, installed  # noqa: E402
+from benchmarks.report import STEPS_OF_VERL  # noqa: E402
 from rlplugins_verl.cpu import launch, tiny  # noqa: E402
 
 BASE = "plain verl"
@@ -73,24 +70,5 @@ def run(folder: Path, overrides: Sequence[str], count: int) -> steps.Measured:
     return found | {f"peak memory of the {name}": float(peak) for name, peak in peaks.items()}
 
 
-def main() -> None:
-    """Run the rounds and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "verl-benchmark")
-    parser.add_argument("--page", type=Path, default=ROOT / PAGE, help="where the section goes")
-    options = parser.parse_args()
-    folder = options.folder.absolute()
-
-    def measured(name: str) -> steps.Measured:
-        return run(folder / name.replace(" ", "-"), VARIANTS[name], options.steps)
-
-    rounds = steps.run_rounds(options.rounds, VARIANTS, measured)
-    introduction = INTRODUCTION.format(rounds=len(rounds), steps=options.steps, cores=psutil.cpu_count())
-    footer = f"Run with verl {installed('verl')}, torch {installed('torch')}."
-    steps.write(options.page, STEPS_OF_VERL, "\n\n".join([introduction, steps.table(rounds, BASE, TARGETS), footer]))
-
-
 if __name__ == "__main__":
-    main()
+    steps.Benchmark("verl", STEPS_OF_VERL, INTRODUCTION, VARIANTS, TARGETS, run).main(rounds=6, steps=80)

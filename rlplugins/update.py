@@ -11,6 +11,7 @@ and the parts add up to the loss. 0 / 0 is 0.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -129,7 +130,7 @@ class Batch:
         self._mini.add_column(name, column)
 
 
-class Prepared:
+class Prepared(ABC):
     """What mini-batches of responses and of pairs have in common: columns, shared values, sums over ranks.
 
     Args:
@@ -186,8 +187,9 @@ class Prepared:
         wrapped(self._plan.wrappers.get("prepare_mini_batch", ()), scope, combine)
         self._preparing = False
 
+    @abstractmethod
     def _scope(self, columns: Mapping[str, Column], values: Mapping[str, Any]) -> Scope:
-        raise NotImplementedError
+        """What hooks may take of these rows."""
 
     def _personal(self, columns: Mapping[str, Column]) -> dict[str, Callable[[str], Any]]:
         return {"batch": lambda plugin: Batch(self, plugin, columns), "log": self._metrics.logger}

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlplugins.defaults import NllOnChosen, over_tokens
@@ -42,6 +43,7 @@ logger = logging.getLogger("rlplugins.openrlhf")
 FLAGS = "openrlhf.utils.config"
 DATA = "openrlhf.datasets.reward_dataset"
 TRAINING = "openrlhf.trainer.dpo_trainer"
+REFERENCE = "reference.safetensors"
 BINDS = frozenset(hook for hook in HOOKS if objective_of(hook) in (None, PREFERENCES)) - {"forward", "on_validation"}
 
 
@@ -477,7 +479,8 @@ class DpoRun:
         folder.mkdir(parents=True, exist_ok=True)
         self.stack.save(folder / "plugins", step)
         if self.stack.claims("reference_policy"):
-            torch.save([value.cpu() for value in self.trainer.ref_model.parameters()], folder / "reference.pt")
+            weights = enumerate(self.trainer.ref_model.parameters())
+            save_file({str(place): value.detach().cpu().contiguous() for place, value in weights}, folder / REFERENCE)
         for other in folder.parent.iterdir():
             if other != folder and not (Path(self.args.ckpt.path) / other.name).exists():
                 shutil.rmtree(other, ignore_errors=True)
@@ -489,13 +492,11 @@ class DpoRun:
             logger.warning("%s is missing: the plugins start anew from this checkpoint", folder)
             return
         self.stack.load(folder / "plugins")
-        reference = folder / "reference.pt"
-        if reference.exists():
+        if (folder / REFERENCE).exists():
+            saved = load_file(folder / REFERENCE)
             with torch.no_grad():
-                for old, new in zip(
-                    self.trainer.ref_model.parameters(), torch.load(reference, weights_only=True), strict=True
-                ):
-                    old.copy_(new)
+                for place, value in enumerate(self.trainer.ref_model.parameters()):
+                    value.copy_(saved[str(place)])
 
 
 class Loader:
