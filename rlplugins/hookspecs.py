@@ -31,6 +31,8 @@ import pluggy
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from rlplugins.judge import PluginJudge
+    from rlplugins.packed import Packed
     from rlplugins.pairs import Pairs
     from rlplugins.rollouts import Prompts, Requests, Rollouts, Sampling
     from rlplugins.services import Engine
@@ -136,7 +138,9 @@ def process_logits(logits: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
 
 
 @_hook("rollouts", Rule.CHAIN, "rollouts")
-def extend_rollouts(rollouts: Rollouts, prompts: Prompts, engine: Engine, step: Step, log: Log) -> Rollouts:
+def extend_rollouts(
+    rollouts: Rollouts, prompts: Prompts, engine: Engine, judge: PluginJudge, step: Step, log: Log
+) -> Rollouts:
     """The rollouts with rows (whole groups too) added, replaced or removed. May change the plugin's state.
 
     Requests to the engine are made of `prompts`, the pool, in which `rollouts.prompt_rows` find each row's prompt.
@@ -164,6 +168,7 @@ def combine_rewards(
     components: Tensor,
     credit: Callable[[Tensor], Tensor],
     engine: Engine,
+    judge: PluginJudge,
     rollouts: Rollouts,
     mask: Tensor,
     step: Step,
@@ -256,11 +261,10 @@ def prepare_mini_batch(batch: Batch, log: Log) -> None:
 
 
 @_hook("update", Rule.OWNER, "log_probs")
-def forward(model: Any, batch: Any, temperature: float) -> tuple[Tensor, Tensor | None]:
+def forward(model: Any, batch: Packed, temperature: float) -> tuple[Tensor, Tensor | None]:
     """Log-probs (b, T) and, if `batch.entropy`, entropies of a packed batch: the same numbers for less work.
 
-    `batch` has `input_ids` (b, P + T), left-padded prompts followed by right-padded responses, `attention_mask` and
-    `position_ids` (b, P + T) or None, `responses` and `mask` (b, T). The result is 0 outside of the mask.
+    `batch` is `rlplugins.packed.Packed`. The result is 0 outside of the mask.
     """
 
 
@@ -389,9 +393,10 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         "components": "(B, K) float, parts of the score; the score itself where the reward function gives one number",
         "count": "int M, how many prompts the step trains on",
         "credit": "`credit(rewards) -> advantages`, what this stack would make of other rewards",
-        "engine": "`Engine`: `generate`, `log_probs`, `gradient_products`; after the update it has the new weights",
+        "engine": "`Engine`: `generate`, `given`, `texts`, `log_probs`, `gradient_products`; with new weights after the update",
         "entropy": "(B, T) float, in nats: the column of the old policy in the credit phase, the current one in the update",
         "groups": "(B,) int64, equal numbers are a group; -1: none",
+        "judge": "`judge.ask(questions, read) -> answers`, None where there is none; configured by `judge:` of the stack file",
         "log": "`log(name, value, weight=1.0)`, a metric `rlplugins/<plugin>/<name>`",
         "log_probs": "(B, T) float32 with gradient, under the current weights",
         "logits": "(N, V) float, next-token logits of N running requests",

@@ -15,6 +15,7 @@ MEANINGS = {
     "validation_every_step": "validation after every step",
     "trainable_model": "a small trainable model of the plugin's own",
     "engine": "an engine in the middle of a step and after the update",
+    "gradients": "loss gradients before the update",
     "judge": "a judge",
     "one_rank": "one rank only (the result depends on how the batch is cut)",
 }
@@ -70,6 +71,7 @@ RESPONSE_PREFIX = Need("response_prefix")
 VALIDATION_EVERY_STEP = Need("validation_every_step")
 TRAINABLE_MODEL = Need("trainable_model")
 ENGINE = Need("engine")
+GRADIENTS = Need("gradients")
 JUDGE = Need("judge")
 ONE_RANK = Need("one_rank")
 

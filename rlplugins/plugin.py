@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, dataclass_transform, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    dataclass_transform,
+    overload,
+    runtime_checkable,
+)  # fmt: skip
 
 import pluggy
 from pydantic import ConfigDict, Field, ValidationError
@@ -60,8 +70,19 @@ def hookimpl(
     return mark(function) if function is not None else mark
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """An object that a plugin's state may hold beside plain values: a model of its own (`rlplugins.models`)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that it remembers, as tensors, arrays and plain values under names."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take back what `state_dict` gave."""
+
+
 class State:
-    """What a plugin remembers: attributes that hold tensors, arrays, plain JSON values, lists and dicts of them.
+    """What a plugin remembers: attributes that hold tensors, arrays, plain JSON values, lists and dicts of them, or `Stateful`.
 
     Made from what `init_state` returned; saved and restored by the stack. Attributes can be set only while a hook that
     may change state runs.

@@ -147,7 +147,7 @@ class Requests:
         draw: (B,) int64, 0, 1, ... among the rows of one prompt.
         prompts: the step's chosen prompts.
         texts: B prompts as they will be sent; a hook may put another one in place.
-        prefixes: B forced beginnings of the response (text); trained like drawn tokens. Empty by default.
+        prefixes: B forced beginnings of the response, as text or as token ids; trained like drawn tokens. Empty by default.
         columns: columns that become columns of the rollouts.
     """
 
@@ -155,7 +155,7 @@ class Requests:
     draw: Tensor
     prompts: Prompts
     texts: list[Any]
-    prefixes: list[str]
+    prefixes: list[str | list[int]]
     columns: Columns = field(default_factory=Columns)
 
     def __len__(self) -> int:
@@ -167,7 +167,8 @@ class Requests:
         prompt = torch.repeat_interleave(torch.arange(len(prompts)), counts)
         starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
         texts = [prompts.texts[row] for row in prompt.tolist()]
-        return cls(prompt, torch.arange(len(prompt)) - starts, prompts, texts, [""] * len(texts))
+        nothing: list[str | list[int]] = [""] * len(texts)
+        return cls(prompt, torch.arange(len(prompt)) - starts, prompts, texts, nothing)
 
 
 @dataclass
@@ -176,7 +177,7 @@ class Sampling:
 
     Attributes:
         temperature: (B,) float, > 0; 0 is greedy.
-        max_tokens: (B,) int64.
+        max_tokens: (B,) int64, of what is drawn: a forced beginning does not count.
         top_p: (B,) float in (0, 1].
         numbers: per name (B,) or (B, k) numbers that `process_logits` gets with each request.
     """
@@ -341,6 +342,58 @@ def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
     columns = {name: column for name, column in joined.items() if column is not None}
     written = frozenset(name for part in plain for name in part.columns.written)
     return replace(first, kinds=kinds, columns=Columns(columns, written), guard=parts[0].guard, **merged)
+
+
+def texts_of(rollouts: Rollouts, tokenizer: Any) -> list[str]:
+    """The B responses up to their last token, tool output included, without special tokens."""
+    mask = rollouts.mask.bool()
+    ends = (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(1) if mask.shape[1] else mask.sum(1)
+    rows = [row[:end] for row, end in zip(rollouts.responses.tolist(), ends.tolist(), strict=True)]
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
+def completed(rows: Rollouts, like: Rollouts) -> Rollouts:
+    """The rows with every field and column that `like` has and they lack: zeros, or None in a list.
+
+    For rows whose prompts are not of the pool, before `concatenate`.
+    """
+    plain, pattern, count = rows.unguarded(), like.unguarded(), len(rows)
+    missing: dict[str, Any] = {
+        name: empty_rows(column, count)
+        for name in _ROW_FIELDS if getattr(plain, name) is None and (column := getattr(pattern, name)) is not None
+    }  # fmt: skip
+    lacking = {name: empty_rows(column, count) for name, column in pattern.columns.items() if name not in plain.columns}
+    columns = Columns({**plain.columns, **lacking}, frozenset(pattern.columns.written | plain.columns.written))
+    return replace(plain, columns=columns, guard=rows.guard, **missing)
+
+
+def exchanged(rollouts: Rollouts, rows: Tensor, others: Rollouts, kind: str) -> Rollouts:
+    """The rollouts with other rows in the places `rows` (n,) int64, in the groups of those that go.
+
+    What only the row that goes has (columns of other plugins), the new one takes over.
+
+    Args:
+        rollouts: B rows.
+        rows: positions.
+        others: n rows.
+        kind: of these.
+    """
+    columns = {
+        name: others.columns[name] if name in others.columns else take(column, rows)
+        for name, column in rollouts.columns.items()
+    }
+    added = replace(
+        others.unguarded(), kinds=(POLICY, kind), kind=torch.ones_like(others.kind), groups=rollouts.groups[rows],
+        columns=Columns(columns, frozenset(rollouts.columns.written)),
+    )  # fmt: skip
+    index = torch.arange(len(rollouts), device=rows.device)
+    index[rows] = len(rollouts) + torch.arange(len(rows), device=rows.device)
+    return concatenate([rollouts, added]).select(index)
+
+
+def empty_rows(column: Column, rows: int) -> Column:
+    """So many rows of zeros (None in a list) in the place of a column."""
+    return column.new_zeros((rows, *column.shape[1:])) if isinstance(column, Tensor) else [None] * rows
 
 
 _TOKEN_FIELDS = frozenset(

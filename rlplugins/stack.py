@@ -23,12 +23,24 @@ from rlplugins.dispatch import Scope, call, expect, expect_finite, wrapped
 from rlplugins.errors import ConfigurationError, HookError, StackError, StateError
 from rlplugins.files import read_yaml
 from rlplugins.hookspecs import HOOKS, STATEFUL, VERSION
+from rlplugins.judge import Judge, JudgeConfig, PluginJudge
 from rlplugins.pairs import SIDES, Pairs
 from rlplugins.plan import Implementation, Method, Owner, Plan, resolve
-from rlplugins.plugin import Plugin, State
+from rlplugins.plugin import Plugin, State, Stateful
 from rlplugins.preferences import PairMiniBatch
 from rlplugins.registry import Entry
-from rlplugins.rollouts import POLICY, Column, Columns, Prompts, ReadGuard, Requests, Rollouts, Sampling, concatenate
+from rlplugins.rollouts import (
+    POLICY,
+    Column,
+    Columns,
+    Prompts,
+    ReadGuard,
+    Requests,
+    Rollouts,
+    Sampling,
+    concatenate,
+    empty_rows,
+)  # fmt: skip
 from rlplugins.services import Engine
 from rlplugins.steps import Metrics, Run, Step
 from rlplugins.table import PluginTable, PromptTable
@@ -49,6 +61,8 @@ class StackConfig(BaseModel):
     """`<plugin>.<hook>`: claims to drop."""
     allow: list[str] = []
     """Facts that may be assumed although something breaks them."""
+    judge: JudgeConfig | None = None
+    """The endpoint that answers questions of plugins."""
 
 
 @dataclass
@@ -92,6 +106,7 @@ class Stack:
         owners: per hook the plugin or built-in that decides, or several with weights.
         off: `<plugin>.<hook>` claims to drop.
         allow: facts that may be assumed although something breaks them.
+        judge: the endpoint that answers questions of plugins.
 
     Raises:
         StackError: with every violation at once.
@@ -106,8 +121,11 @@ class Stack:
         owners: Mapping[str, Any] | None = None,
         off: Iterable[str] = (),
         allow: Iterable[str] = (),
+        judge: JudgeConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        self.trainer = find_adapter(trainer).configured({}) if isinstance(trainer, str) else trainer
+        judge = read_config({"judge": judge}, "stack").judge if isinstance(judge, Mapping) else judge
+        self.trainer = _trainer(trainer, judge)
+        self.judge = Judge(judge)
         self._lines: dict[str, Any] = {"owners": dict(owners or {}), "off": sorted(off), "allow": sorted(allow)}
         made = [registry.make_entry(entry) for entry in plugins]
         self.plan: Plan = resolve(made, self.trainer, self._lines["owners"], self._lines["off"])
@@ -131,7 +149,14 @@ class Stack:
     @classmethod
     def from_config(cls, config: StackConfig, trainer: Trainer | str | None = None) -> Stack:
         """A stack from a validated stack file."""
-        return cls(config.plugins, trainer=trainer, owners=config.owners, off=config.off, allow=config.allow)
+        return cls(
+            config.plugins,
+            trainer=trainer,
+            owners=config.owners,
+            off=config.off,
+            allow=config.allow,
+            judge=config.judge,
+        )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], trainer: Trainer | str | None = None) -> Stack:
@@ -146,7 +171,7 @@ class Stack:
     @staticmethod
     def explain(config: StackConfig, trainer: Trainer | str | None = None, width: int = 110) -> tuple[str, bool]:
         """The table of who does what, and whether the stack is legal."""
-        trainer = find_adapter(trainer).configured({}) if isinstance(trainer, str) else trainer
+        trainer = _trainer(trainer, config.judge)
         made = [registry.make_entry(entry) for entry in config.plugins]
         plan = resolve(made, trainer, config.owners, config.off)
         found = legality.violations(plan, config.allow)
@@ -322,7 +347,7 @@ class Stack:
 
     def extend_rollouts(self, rollouts: Rollouts, engine: Engine) -> Rollouts:
         """The rollouts after every plugin has added, replaced and removed rows."""
-        scope = self._scope({"engine": engine, "prompts": self._pool})
+        scope = self._scope({"engine": engine, "prompts": self._pool}, judge=self._judge)
         scope.renew("rollouts", self._guarded(rollouts))
         kinds = {POLICY, *rollouts.kinds, *(kind for plugin in self.plugins for kind in plugin.kinds)}
 
@@ -366,8 +391,9 @@ class Stack:
         """Advantages and weights of the step's rollouts."""
         mask = rollouts.mask
         parts = rollouts.components if rollouts.components is not None else rollouts.scores
-        values = {"mask": mask, "scores": rollouts.scores, "components": parts, "engine": engine}
-        scope = self._row_scope(rollouts, values | {"credit": lambda rewards: self._credit_of(rewards, rollouts)})
+        values: dict[str, Any] = {"mask": mask, "scores": rollouts.scores, "components": parts, "engine": engine}
+        values["credit"] = lambda rewards: self._credit_of(rewards, rollouts)
+        scope = self._row_scope(rollouts, values, judge=self._judge)
         self._everyone("prepare_step", scope)
         return self._from_rewards(scope, self._rewards(scope, rollouts), rollouts)
 
@@ -613,6 +639,12 @@ class Stack:
                 columns[name] = column
         return columns
 
+    def gradient_columns(self, rollouts: Rollouts, advantages: Tensor) -> dict[str, Column]:
+        """The columns of an update with these advantages, (B, 1) or (B, T), in which every row and token counts once."""
+        plain = rollouts.unguarded()
+        rewards = plain.scores.nan_to_num()
+        return self.update_columns(plain, Credit(rewards, plain.groups, None, advantages.detach(), None, None, None))
+
     @cached_property
     def _updating_plugins(self) -> list[Plugin]:
         """Plugins with a hook in the update."""
@@ -741,9 +773,8 @@ class Stack:
         """Write the state of every plugin and the prompt table to `folder`, without pickle."""
         states = {plugin.name: plugin.state.as_dict() for plugin in self._by_name.values() if plugin.state.as_dict()}
         versions = {plugin.name: plugin.state_version for plugin in self.plugins}
-        state.save(
-            Path(folder), states, {"step": step, "plugins": versions, "stack": self.specification()}, self._table
-        )
+        notes = {"step": step, "plugins": versions, "stack": self.specification(), "judge": self.judge.requests}
+        state.save(Path(folder), states, notes, self._table)
 
     def load(self, folder: Path | str) -> int:
         """Restore what `save` wrote, after `start`; returns the step that was saved.
@@ -763,7 +794,11 @@ class Stack:
                 raise StateError(
                     f"the saved state of {plugin.name} has {sorted(saved)}, this version has {sorted(fresh)}"
                 )
+            for name, value in fresh.items():
+                if isinstance(value, Stateful):
+                    saved[name] = _restored(plugin, name, value, saved[name])
             object.__setattr__(plugin, "state", State(saved))
+        self.judge.requests = int(notes["judge"])
         return int(notes["step"])
 
     def check_state(self, folder: Path | str) -> None:
@@ -781,16 +816,19 @@ class Stack:
 
     # calling
 
-    def _scope(self, values: Mapping[str, Any]) -> Scope:
+    def _scope(self, values: Mapping[str, Any], **personal: Callable[[str], Any]) -> Scope:
         step = self._current.step
-        return Scope(values, personal={"step": step.of, "log": self.metrics.logger})
+        return Scope(values, personal={"step": step.of, "log": self.metrics.logger, **personal})
 
-    def _row_scope(self, rollouts: Rollouts, values: Mapping[str, Any]) -> Scope:
+    def _row_scope(self, rollouts: Rollouts, values: Mapping[str, Any], **personal: Callable[[str], Any]) -> Scope:
         """A scope whose hooks may also take the rollouts and their declared columns."""
-        step = self._current.step
         lazy = {name: (lambda scope, name=name: rollouts[name]) for name in ("entropy", "values", "ref_log_probs")}
-        personal = {"step": step.of, "log": self.metrics.logger, "rollouts": self._guarded(rollouts)}
-        return Scope({"mask": rollouts.mask, **values}, lazy, personal)
+        own = {"step": self._current.step.of, "log": self.metrics.logger, "rollouts": self._guarded(rollouts)}
+        return Scope({"mask": rollouts.mask, **values}, lazy, own | personal)
+
+    def _judge(self, plugin: str) -> PluginJudge:
+        """The judge as this plugin sees it."""
+        return self.judge.logging(self.metrics.logger(plugin))
 
     def _guarded(self, rollouts: Rollouts) -> Callable[[str], Rollouts]:
         return lambda plugin: rollouts.guarded(self._guards[plugin])
@@ -892,6 +930,16 @@ class Stack:
             object.__setattr__(opened, "_open", before)
 
 
+def _trainer(trainer: Trainer | str | None, judge: JudgeConfig | None) -> Trainer | None:
+    """What a stack is checked against: the trainer, and a judge where one is configured."""
+    trainer = find_adapter(trainer).configured({}) if isinstance(trainer, str) else trainer
+    if trainer is None:
+        return None
+    provides = trainer.provides | {"judge"} if judge is not None else trainer.provides
+    remedies = {"judge": "write `judge: {url: ..., model: ...}` into the stack file"}
+    return replace(trainer, provides=provides, remedies={**remedies, **trainer.remedies})
+
+
 def read_config(mapping: Any, where: str) -> StackConfig:
     """A validated stack file from a mapping; `where` names it in errors."""
     try:
@@ -939,13 +987,8 @@ def _with_passes_of(rollouts: Rollouts, dropped: Rollouts) -> Rollouts:
     """The dropped rows with zeros for what the log-prob passes and the credit phase, which they never had, gave the others."""
     nothing = dropped.mask.float() * 0
     passes: dict[str, Any] = {name: nothing for name in _PASSES if getattr(rollouts, name) is not None}
-    columns = {name: _empty(rollouts.columns[name], len(dropped)) for name in rollouts.columns.written}
+    columns = {name: empty_rows(rollouts.columns[name], len(dropped)) for name in rollouts.columns.written}
     return replace(dropped.unguarded(), columns=Columns(columns | dict(dropped.columns)), **passes)
-
-
-def _empty(column: Column, rows: int) -> Column:
-    """So many rows of zeros (None in a list) in the place of a column."""
-    return column.new_zeros((rows, *column.shape[1:])) if isinstance(column, Tensor) else [None] * rows
 
 
 def _life_columns(everything: Rollouts, credit: Credit | None, rows: int, more: int) -> dict[str, Any]:
@@ -966,6 +1009,15 @@ def _life_columns(everything: Rollouts, credit: Credit | None, rows: int, more: 
         "weights": pad(weights, (0, 0, 0, more)),
         "token_weights": pad(token_weights, (0, 0, 0, more)),
     }
+
+
+def _restored(plugin: Plugin, name: str, model: Stateful, saved: Any) -> Stateful:
+    """The model with what was saved of it."""
+    try:
+        model.load_state_dict(saved)
+    except Exception as error:
+        raise StateError(f"the saved {name} of {plugin.name} does not fit this run's: {error}") from error
+    return model
 
 
 def _difference(folder: Path, saved: Mapping[str, int], mine: Mapping[str, int]) -> str:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlplugins.errors import StateError
+from rlplugins.plugin import Stateful
 from rlplugins.table import PromptTable
 
-FORMAT = 1
+FORMAT = 2
 _INSTEAD = "Resume from another checkpoint, or start without plugin state: delete that folder"
 _TENSOR, _ARRAY, _TUPLE = "$tensor", "$array", "$tuple"
 
@@ -31,7 +32,7 @@ def save(folder: Path, states: Mapping[str, Mapping[str, Any]], notes: Mapping[s
     document = {
         "format": FORMAT,
         **notes,
-        "states": {name: _encode(dict(state), name, tensors) for name, state in states.items()},
+        "states": {name: _encode(_plain(state), name, tensors) for name, state in states.items()},
     }
     (temporary / "state.json").write_text(json.dumps(document, indent=1))
     save_file(tensors, temporary / "state.safetensors")
@@ -79,6 +80,11 @@ def _whole(folder: Path) -> Path:
     return old if not folder.exists() and old.exists() else folder
 
 
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with what its models remember in their places."""
+    return {name: value.state_dict() if isinstance(value, Stateful) else value for name, value in state.items()}
+
+
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return {_TENSOR: _add(value.detach().cpu().contiguous().clone(), path, tensors)}
@@ -98,6 +104,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return value
     raise StateError(
         f"state {path}: a {type(value).__name__} cannot be saved; use tensors, arrays and plain JSON values"
+        + (", and give the state a name of its own for every model" if isinstance(value, Stateful) else "")
     )
 
 

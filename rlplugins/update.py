@@ -573,6 +573,15 @@ def _at_least_two_tokens(columns: dict[str, Column]) -> dict[str, Column]:
     return columns | {name: widened(columns[name], 2) for name in names}  # type: ignore[arg-type]
 
 
+def moved(value: Any, device: Any) -> Any:
+    """Columns or shared values with their tensors on the device of the update."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: moved(item, device) for name, item in value.items()}
+    return value
+
+
 def widened(column: Tensor, width: int) -> Tensor:
     """A column (B, t) with zeros up to the width."""
     return column if column.shape[1] == width else torch.nn.functional.pad(column, (0, width - column.shape[1]))

@@ -201,7 +201,7 @@ def test_unread_builtins_are_no_violation() -> None:
 NEEDS = [
     needs.column("difficulty"), needs.column("entropy"), needs.together("group"), needs.together("prompt"),
     needs.MINI_BATCH_LOG_PROBS, needs.PROMPTS_AFTER_UPDATE, needs.CURRENT_ENTROPY, needs.RESPONSE_PREFIX,
-    needs.VALIDATION_EVERY_STEP, needs.TRAINABLE_MODEL, needs.ENGINE, needs.JUDGE, needs.ONE_RANK,
+    needs.VALIDATION_EVERY_STEP, needs.TRAINABLE_MODEL, needs.ENGINE, needs.GRADIENTS, needs.JUDGE, needs.ONE_RANK,
 ]  # fmt: skip
 
 

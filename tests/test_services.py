@@ -259,7 +259,7 @@ def test_a_forced_beginning_is_part_of_the_response_and_trained(trainer: Any) ->
         learning_rate=0, clip_low=0.2, clip_high=0.28,
     )  # fmt: skip
     rollouts, _, _, _ = stepped(mine)
-    texts = mine.policy.decode(rollouts.responses, rollouts.mask)
+    texts = mine.engine.texts(rollouts)
     assert [text[:2] for text in texts] == ["2+", "2+", "4+", "4+"] * 4
     assert rollouts["budget"].flatten().tolist() == [2, 2, 4, 4] * 4
     assert rollouts.prefix is not None and rollouts.prefix[:, :2].all() and not rollouts.prefix[:, 2:].any()
@@ -267,6 +267,85 @@ def test_a_forced_beginning_is_part_of_the_response_and_trained(trainer: Any) ->
     log_probs = row_by_row(mine.policy, rollouts)
     torch.testing.assert_close(rollouts.old_log_probs, log_probs.detach(), atol=1e-5, rtol=0)
     assert bool((rollouts.old_log_probs[rollouts.prefix] < 0).all())
+
+
+# responses that something else has written, and beginnings given as tokens
+
+
+def written(mine: LocalTrainer, texts: list[str], prompts: list[int], **options: Any) -> Rollouts:
+    """Rows of these responses to prompts of the pool."""
+    requests = Requests.of(mine.pool.select(torch.tensor(prompts)), torch.ones(len(prompts), dtype=torch.int64))
+    return mine.engine.given(requests, texts, **options)
+
+
+def test_a_given_response_is_tokenised_with_an_end_and_cut_at_the_limit(trainer: Any) -> None:
+    mine = trainer("grpo")
+    mine.stack.begin_step(0, 1)
+    rollouts = written(mine, ["77", "1234567", ""], [2, 0, 0])
+    end = mine.policy.tokenizer.eos_token_id
+    encode = mine.policy.tokenizer
+    ids = [encode(text, add_special_tokens=False).input_ids for text in ("77", "12345")]
+    assert rollouts.responses.tolist() == [[*ids[0], end, 0, 0], ids[1], [end, 0, 0, 0, 0]]  # the run's limit is 5
+    assert rollouts.mask.sum(1).tolist() == [3, 5, 1]
+    assert rollouts.prompts == mine.policy.encode([TEXTS[2], TEXTS[0], TEXTS[0]])
+    assert rollouts.prompt_keys.tolist() == mine.pool.keys[torch.tensor([2, 0, 0])].tolist()
+    assert rollouts.scores.flatten().tolist() == [2 / 8, 0.0, 0.0]  # the 7 lies behind the limit
+    assert rollouts["knowledge_components_parts"] == [["1"]] * 3
+    assert rollouts.of_kind("policy").all() and rollouts.groups.tolist() == [0, 1, 2]
+    assert written(mine, ["77"], [2], score=False).scores.isnan().all()
+
+
+def test_texts_are_all_tokens_but_special_ones(trainer: Any) -> None:
+    mine = trainer("grpo")
+    ids, end = mine.policy.tokenizer("2+2=4").input_ids, mine.policy.tokenizer.eos_token_id
+    tokens = torch.tensor([[*ids, end, 0], [*ids[:3], 0, 0, 0, 0], [0] * 7])
+    mask = torch.arange(7) < torch.tensor([[6], [3], [0]])
+    mask[0, 2] = False  # output of a tool is read, too
+    rollouts = make_rollouts([0.0] * 3, [0, 0, 0], mask=mask, responses=tokens)
+    assert mine.engine.texts(rollouts) == ["2+2=4", "2+2", ""]
+
+
+def test_a_given_response_is_trained_like_any_other_row(trainer: Any) -> None:
+    """Its old log-probs are those of the bare model on its tokens, under its own prompt."""
+    mine = trainer("grpo", Written(), Seen(), learning_rate=0)
+    rollouts, advantages, _, _ = stepped(mine)
+    assert mine.engine.texts(rollouts)[-2:] == ["77", "3"]
+    log_probs = row_by_row(mine.policy, rollouts)
+    torch.testing.assert_close(rollouts.old_log_probs, log_probs.detach(), atol=1e-5, rtol=0)
+    assert advantages.flatten()[-2] > 0
+
+
+class Written(Plugin):
+    """Two answers from elsewhere in the groups of their prompts."""
+
+    name = "written"
+    kinds = frozenset({"elsewhere"})
+    needs = (needs.ENGINE, needs.column("rollout_log_probs"))
+
+    @hookimpl
+    def extend_rollouts(self, rollouts: Rollouts, prompts: Prompts, engine: Engine) -> Rollouts:
+        own = rollouts.prompt_rows[:1].repeat(2)
+        requests = Requests.of(prompts.select(prompts.positions(own)), torch.tensor([1, 1]))
+        made = engine.given(requests, ["77", "3"])
+        assert made.rollout_log_probs is not None and not made.rollout_log_probs.any()  # the engine drew no token
+        return concatenate(
+            [
+                rollouts,
+                replace(made, kinds=("policy", "elsewhere"), kind=made.kind + 1, groups=rollouts.groups[:1].repeat(2)),
+            ]
+        )
+
+
+def test_a_beginning_of_tokens_is_continued_as_it_is(trainer: Any) -> None:
+    """Also where the tokens are not those into which their text would be cut."""
+    mine = trainer("grpo")
+    mine.stack.begin_step(0, 1)
+    seven, end = mine.policy.tokenizer("7", add_special_tokens=False).input_ids[0], mine.policy.tokenizer.eos_token_id
+    requests = Requests.of(mine.pool.select(torch.arange(3)), torch.ones(3, dtype=torch.int64))
+    drawn = mine.engine.generate(replace(requests, prefixes=[[seven, end], "77", ""]))
+    assert drawn.responses[0, :2].tolist() == [seven, end] and drawn.responses[1, :2].tolist() == [seven, seven]
+    assert drawn.prefix is not None and drawn.prefix.sum(1).tolist() == [2, 2, 0]
+    assert drawn.mask[0].sum() > 2
 
 
 # groups of unequal size, added groups and rows of no group under every built-in
@@ -387,9 +466,7 @@ def test_a_length_is_remembered_without_the_end_token_and_paid_from_the_next_vis
     for visit in range(2):
         before = mine.stack.plugins[1].table["h"].tolist()
         rollouts, _, _, _ = stepped(mine)
-        lengths = [
-            len(text) for text in mine.policy.decode(rollouts.responses, rollouts.mask)
-        ]  # a token is a character
+        lengths = [len(text) for text in mine.engine.texts(rollouts)]  # a token is a character
         for row, h in enumerate(mine.stack.plugins[1].table["h"].tolist()):
             own = [n for n, other in zip(lengths, rollouts.prompt_rows.tolist(), strict=True) if other == row and n]
             least = min([*own, before[row] or math.inf])

@@ -321,7 +321,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, [Resumes()])
     document = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(document | {"format": 99}))
-    with pytest.raises(StateError, match=r"has format 99, this version of rlplugins reads 1.*delete that folder"):
+    with pytest.raises(StateError, match=r"has format 99, this version of rlplugins reads 2.*delete that folder"):
         start([Resumes()]).load(folder)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlplugins import Plugin, hookimpl, needs, ops
 from rlplugins.errors import ConfigurationError
 from rlplugins.needs import Need
-from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Requests, Rollouts, concatenate, take
+from rlplugins.rollouts import POLICY, Column, Prompts, Requests, Rollouts, concatenate, exchanged, take
 from rlplugins.services import Engine
 from rlplugins.steps import Run, Step
 
@@ -163,7 +163,8 @@ class ScafGrpo(Plugin):
         source = torch.where(failed & (place < self.replace_num), of_prompt.to(number.device)[number], -1)
         rows = (source >= 0).nonzero().flatten()
         bare = (place[rows] == 0) & (self.replace_hint_prompt or self.replace_num == 2)
-        return exchanged(rollouts, rows, found.rollouts.select(source[rows]), bare)
+        hinted = after_bare_prompts(rollouts, rows, found.rollouts.select(source[rows]), bare)
+        return exchanged(rollouts, rows, hinted, KIND)
 
     def _log(self, tried: Sequence[Found], failed: int, log: Any) -> None:
         """Where help was given and which tier it took."""
@@ -249,28 +250,13 @@ def places(groups: Tensor, keys: Tensor | None = None) -> Tensor:
     return torch.empty_like(groups).scatter_(0, order, rows - torch.searchsorted(ordered, ordered))
 
 
-def exchanged(rollouts: Rollouts, rows: Tensor, hinted: Rollouts, bare: Tensor) -> Rollouts:
-    """The rollouts with other rows of kind `hinted` in the places `rows` (n,), in the groups of those that go.
-
-    Args:
-        rollouts: B rows.
-        rows: positions, (n,) int64.
-        hinted: n rows.
-        bare: which of them take over the prompt of the row that goes, (n,) bool.
-    """
-    columns = {name: hinted.columns[name] if name in hinted.columns else take(column, rows)
-               for name, column in rollouts.columns.items()}  # fmt: skip
+def after_bare_prompts(rollouts: Rollouts, rows: Tensor, hinted: Rollouts, bare: Tensor) -> Rollouts:
+    """The hinted rows (n), of which those in `bare` (n,) bool stand after the prompt of the row that they replace."""
     prompts = [
         rollouts.prompts[row] if kept else own
         for row, kept, own in zip(rows.tolist(), bare.tolist(), hinted.prompts, strict=True)
     ]
-    added = replace(
-        hinted.unguarded(), kinds=(POLICY, KIND), kind=torch.ones_like(hinted.kind), groups=rollouts.groups[rows],
-        prompts=prompts, columns=Columns(columns, frozenset(rollouts.columns.written)),
-    )  # fmt: skip
-    index = torch.arange(len(rollouts), device=rows.device)
-    index[rows] = len(rollouts) + torch.arange(len(rows), device=rows.device)
-    return concatenate([rollouts, added]).select(index)
+    return replace(hinted.unguarded(), prompts=prompts)
 
 
 def parts_of(entry: Any, column: str) -> list[str]:

@@ -21,8 +21,9 @@ from rlplugins import ops
 from rlplugins.hookspecs import HOOKS
 from rlplugins.pairs import Pairs
 from rlplugins.plan import PREFERENCES
-from rlplugins.plugin import Plugin, make
+from rlplugins.plugin import Plugin, Stateful, make
 from rlplugins.rollouts import Column, Columns, Requests, Rollouts, Sampling, take
+from rlplugins.services import Gradients
 from rlplugins.stack import Credit, Stack
 from rlplugins.steps import Metrics, Run
 from rlplugins.testing.rows import make_pool, make_rollouts
@@ -343,10 +344,25 @@ class Trial:
         salt = 30 if policy == "reference" else 31 + self.number
         return ((-0.05 - 2 * made_up(responses, prompt, salt)) * mask).float()
 
-    def gradient_products(self, rollouts: Rollouts, advantages: Sequence[Tensor]) -> Tensor:
+    def given(self, requests: Requests, responses: Sequence[str], *, score: bool = True) -> Rollouts:
+        """Tokens that are functions of the letters."""
+        drawn = self.generate(requests, score=score)
+        codes = [[2 + ord(letter) % (VOCABULARY - 2) for letter in text[: TOKENS - 1]] + [END] for text in responses]
+        tokens = torch.tensor([row + [0] * (TOKENS - len(row)) for row in codes], device=self.device)
+        mask = tokens != 0
+        return replace(drawn, responses=tokens, mask=mask, rollout_log_probs=0.0 * mask, prefix=None)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The tokens as numbers."""
+        rows = zip(rollouts.responses.tolist(), rollouts.mask.tolist(), strict=True)
+        return [" ".join(str(token) for token, own in zip(*row, strict=True) if own) for row in rows]
+
+    def gradient_products(
+        self, rollouts: Rollouts, advantages: Sequence[Tensor], *, parameters: str | None = None
+    ) -> Gradients:
         """Gram matrix of the advantages themselves."""
-        flat = torch.stack([(item * rollouts.mask).flatten() for item in advantages])
-        return flat @ flat.T
+        flat = torch.stack([(item * rollouts.mask).flatten() for item in advantages]).double()
+        return Gradients(flat @ flat.T, flat.norm(dim=1), 1e-3)
 
 
 class _Ranks:
@@ -461,6 +477,8 @@ def padding_of(mask: Tensor) -> Tensor:
 
 def flattened(name: str, value: Any) -> list[tuple[str, Any]]:
     """Tensors and plain values inside of a nested value, with their names."""
+    if isinstance(value, Stateful):
+        value = value.state_dict()
     if isinstance(value, Mapping):
         return [pair for key, item in value.items() for pair in flattened(f"{name}.{key}", item)]
     if isinstance(value, list | tuple):

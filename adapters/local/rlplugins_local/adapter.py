@@ -19,7 +19,7 @@ from rlplugins_local.config import TrainConfig, read_settings
 
 PROVIDES = frozenset(
     {"together:group", "together:prompt", "mini_batch_log_probs", "prompts_after_update", "current_entropy",
-     "response_prefix", "engine"}
+     "response_prefix", "engine", "gradients", "trainable_model"}
 )  # fmt: skip
 PROVIDES_ON_PAIRS = frozenset({"mini_batch_log_probs"})
 GROUP_SIZE = 8

@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlplugins.errors import ServiceError
-from rlplugins.rollouts import Column, Columns, Requests, Rollouts, Sampling, take
+from rlplugins.rollouts import Columns, Requests, Rollouts, Sampling, take, texts_of
+from rlplugins.services import Gradients, chosen_parameters
 from rlplugins.stack import Stack
 from rlplugins.steps import Metrics, generator
+from rlplugins.together import units_of
+from rlplugins.update import moved
 from rlplugins_local.config import TrainConfig
 from rlplugins_local.data import RECORD, Scorer
 from rlplugins_local.policy import Policy, ProcessLogits, Sequences, cut
@@ -76,6 +79,18 @@ class LocalEngine:
         rollouts = self._rollouts(requests, prompts, columns, prefix)
         return self.score(rollouts, requests) if score else rollouts
 
+    def given(self, requests: Requests, responses: Sequence[str], *, score: bool = True) -> Rollouts:
+        """Rows of responses that something else has written; see `rlplugins.services.Engine`."""
+        prompts = self._policy.encode(requests.texts)
+        encoded = self._policy.encode_responses(requests.texts, responses)
+        encoded = [row[: self._config.max_new_tokens] for row in encoded]
+        width = max(map(len, encoded), default=1)
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in encoded], dtype=torch.int64)
+        mask = torch.arange(width) < torch.tensor([len(row) for row in encoded])[:, None]
+        columns = {"responses": tokens.view(mask.shape), "mask": mask, "log_probs": torch.zeros(mask.shape)}
+        rollouts = self._rollouts(requests, prompts, columns, None)
+        return self.score(rollouts, requests) if score else rollouts
+
     def _rollouts(
         self, requests: Requests, prompts: list[list[int]], columns: Mapping[str, Tensor], prefix: Tensor | None
     ) -> Rollouts:
@@ -100,11 +115,15 @@ class LocalEngine:
         records = requests.prompts.columns.get(RECORD)
         if records is None:
             raise ServiceError("only prompts of the prompt file can be scored: take them from `requests.prompts`")
-        responses = self._policy.decode(rollouts.responses, rollouts.mask)
+        responses = self.texts(rollouts)
         place = requests.prompt.tolist()
         texts = [requests.prompts.texts[row] for row in place]
         scores, components = self._scorer(texts, responses, [records[row] for row in place])
         return replace(rollouts, scores=scores, components=components, component_names=self._scorer.component_names)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The responses as texts; see `rlplugins.services.Engine`."""
+        return texts_of(rollouts, self._policy.tokenizer)
 
     def log_probs(
         self, prompts: Sequence[Sequence[int]], responses: Tensor, mask: Tensor, *, policy: str = "current"
@@ -122,36 +141,43 @@ class LocalEngine:
             sequences, config.temperature, config.micro_batch_size, reference=policy == "reference"
         ).log_probs
 
-    def gradient_products(self, rollouts: Rollouts, advantages: Sequence[Tensor]) -> Tensor:
-        """Gram matrix (K, K) of the gradients that the stack's loss has under each of K advantages."""
-        rollouts = rollouts.unguarded()
-        old = rollouts.old_log_probs
-        if old is None:
-            old = self.log_probs(rollouts.prompts, rollouts.responses, rollouts.mask)
-        gradients = torch.stack([self._gradient(rollouts, old, values) for values in advantages])
-        return (gradients @ gradients.T).cpu()
+    def gradient_products(
+        self, rollouts: Rollouts, advantages: Sequence[Tensor], *, parameters: str | None = None
+    ) -> Gradients:
+        """How the gradients of the stack's loss under each of K advantages lie; see `rlplugins.services.Engine`."""
+        named = {name: item for name, item in self._policy.model.named_parameters() if item.requires_grad}
+        chosen = chosen_parameters(named, parameters)
+        found = [self._gradient(rollouts, values, list(named.values())) for values in advantages]
+        products = torch.zeros(len(found), len(found), dtype=torch.float64, device=self._policy.device)
+        squares = torch.zeros_like(products)
+        for name, parts in zip(named, zip(*found, strict=True), strict=True):
+            flat = torch.stack(parts).reshape(len(found), -1).double()
+            squares += flat @ flat.T
+            if name in chosen:
+                products += flat @ flat.T
+        rate = self._config.learning_rate * warmth(self._config, self.version)
+        return Gradients(products.cpu(), squares.diagonal().sqrt().cpu(), rate)
 
-    def _gradient(self, rollouts: Rollouts, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
-        """The flat loss gradient of all parameters."""
-        columns: dict[str, Column] = {
-            "mask": rollouts.mask, "advantages": advantages, "rewards": rollouts.scores, "groups": rollouts.groups,
-            "kind": rollouts.kind, "old_log_probs": old_log_probs,
-        }  # fmt: skip
-        for name in self._stack.needed_columns & set(rollouts.names()):
-            columns[name] = rollouts[name]
+    def _gradient(self, rollouts: Rollouts, advantages: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The loss gradient of every parameter."""
         device = self._policy.device
-        mini = self._stack.mini_batch(on_device(columns, device), kinds=rollouts.kinds, metrics=Metrics())
+        columns = moved(self._stack.gradient_columns(rollouts, advantages), device)
+        shared = moved(self._stack.step.shared_by_all(), device)
+        mini = self._stack.mini_batch(columns, shared, kinds=rollouts.kinds, metrics=Metrics())
         sequences = Sequences.of(rollouts.prompts, rollouts.responses, rollouts.mask)
-        parameters = [item for item in self._policy.model.parameters() if item.requires_grad]
-        total = torch.zeros(sum(item.numel() for item in parameters), device=device)
+        total = [torch.zeros_like(item, dtype=torch.float32) for item in parameters]
         entropy = self._stack.takes("entropy", "update")
-        for rows in cut(sequences.lengths, self._config.micro_batch_size):
-            output = self._policy.forward(sequences.take(rows), self._config.temperature, entropy=entropy)
-            width = rollouts.mask.shape[1]
-            current = widened(output.entropy, width) if output.entropy is not None else None
-            loss = mini.loss(widened(output.log_probs, width), rows, entropy=current).total
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            total += torch.cat([part.flatten() for part in gradient])
+        width = rollouts.mask.shape[1]
+        together = units_of(self._stack, rollouts, rollouts.groups) if self._stack.needs("together") else None
+        with torch.enable_grad():
+            for rows in cut(sequences.lengths, self._config.micro_batch_size, together):
+                output = self._policy.forward(sequences.take(rows), self._config.temperature, entropy=entropy)
+                current = widened(output.entropy, width) if output.entropy is not None else None
+                loss = mini.loss(widened(output.log_probs, width), rows, entropy=current).total
+                if loss.requires_grad:
+                    parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                    for sum_, part in zip(total, parts, strict=True):
+                        sum_ += part
         return total
 
 
@@ -167,14 +193,14 @@ def sampling_rows(sampling: Sampling, rows: Tensor) -> Sampling:
     return Sampling(sampling.temperature[rows], sampling.max_tokens[rows], sampling.top_p[rows], numbers)
 
 
+def warmth(config: TrainConfig, made: int) -> float:
+    """Share of the learning rate that the optimiser step after so many has."""
+    return min(1.0, (made + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+
+
 def widened(column: Tensor, width: int) -> Tensor:
     """A (b, T) column with zeros up to the width."""
     return torch.nn.functional.pad(column, (0, width - column.shape[1]))
-
-
-def on_device(columns: Mapping[str, Column], device: torch.device) -> dict[str, Column]:
-    """The columns with their tensors on a device."""
-    return {name: column.to(device) if isinstance(column, Tensor) else column for name, column in columns.items()}
 
 
 def _pick(items: Sequence[Any], rows: Tensor) -> list[Any]:

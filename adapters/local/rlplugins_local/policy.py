@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlplugins.errors import DataError, ServiceError
+from rlplugins.packed import Packed
 from rlplugins.rollouts import Sampling
 
 TOKENS_PER_PASS = 16_384
@@ -69,38 +70,17 @@ class Sequences:
         )
 
 
-@dataclass
-class Packed:
-    """What `forward` gets as `batch`: rows of similar length, on the model's device.
-
-    Attributes:
-        input_ids: (b, P + T) int64, left-padded prompts followed by right-padded responses.
-        attention_mask: (b, P + T), 0 on the padding of the prompts; None if there is none.
-        position_ids: (b, P + T) int64; None where they are 0, 1, 2, ...
-        responses: (b, T) int64.
-        mask: (b, T) bool, tokens whose log-probs are wanted; 0 elsewhere.
-        entropy: whether the entropies are wanted too.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    responses: Tensor
-    mask: Tensor
-    entropy: bool = False
-
-    @classmethod
-    def of(cls, sequences: Sequences, device: torch.device, entropy: bool) -> Packed:
-        """The rows of `sequences` as one rectangle."""
-        prompts = sequences.prompts
-        attention = prompt_mask(sequences.prompt_lengths, prompts.shape[1], sequences.responses.shape[1])
-        positions = None
-        if attention is not None:
-            positions = (attention.cumsum(1) - 1).clamp(min=0).to(device)
-            attention = attention.to(device)
-        responses = sequences.responses.to(device)
-        ids = torch.cat([prompts.to(device), responses], 1)
-        return cls(ids, attention, positions, responses, sequences.mask.to(device), entropy)
+def packed(sequences: Sequences, device: torch.device, entropy: bool) -> Packed:
+    """Rows of similar length as `forward` takes them."""
+    prompts = sequences.prompts
+    attention = prompt_mask(sequences.prompt_lengths, prompts.shape[1], sequences.responses.shape[1])
+    positions = None
+    if attention is not None:
+        positions = (attention.cumsum(1) - 1).clamp(min=0).to(device)
+        attention = attention.to(device)
+    responses = sequences.responses.to(device)
+    ids = torch.cat([prompts.to(device), responses], 1)
+    return Packed(ids, attention, positions, responses, sequences.mask.to(device), entropy)
 
 
 @dataclass
@@ -193,11 +173,11 @@ class Policy:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
-    def encode_prefixes(self, prefixes: Sequence[str]) -> list[list[int]]:
-        """Token ids of forced response prefixes."""
-        if not any(prefixes):
-            return [[] for _ in prefixes]
-        return self.tokenizer(list(prefixes), add_special_tokens=False).input_ids  # type: ignore[no-any-return]
+    def encode_prefixes(self, prefixes: Sequence[str | list[int]]) -> list[list[int]]:
+        """Token ids of forced response prefixes, texts or token ids each."""
+        texts = [prefix for prefix in prefixes if isinstance(prefix, str) and prefix]
+        encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        return [(next(encoded) if prefix else []) if isinstance(prefix, str) else list(prefix) for prefix in prefixes]
 
     def encode_responses(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[list[int]]:
         """Token ids of given responses, texts or lists of chat messages, each with an end token."""
@@ -219,12 +199,6 @@ class Policy:
                             "responses as texts")  # fmt: skip
         return str(whole[len(start) :]).rstrip("\n")
 
-    def decode(self, responses: Tensor, mask: Tensor) -> list[str]:
-        """Texts of responses, special tokens left out."""
-        ends = (torch.arange(1, mask.shape[1] + 1) * mask).amax(1).tolist()
-        rows = [row[:end] for row, end in zip(responses.tolist(), ends, strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)  # type: ignore[no-any-return]
-
     # log-probs
 
     def forward(
@@ -240,7 +214,7 @@ class Policy:
             values: whether the critic's values are wanted.
             reference: take the reference policy.
         """
-        batch = Packed.of(sequences, self.device, entropy)
+        batch = packed(sequences, self.device, entropy)
         model = self.reference if reference else self.model
         assert model is not None
         if self.owner is not None:

@@ -20,13 +20,14 @@ from rlplugins.rollouts import DECLARED, Column, take
 from rlplugins.stack import Stack, StackConfig
 from rlplugins.steps import Metrics, Run, generator
 from rlplugins.table import PromptTable
+from rlplugins.update import moved
 from rlplugins_local import output
 from rlplugins_local.adapter import build_stack
 from rlplugins_local.config import TrainConfig
 from rlplugins_local.data import RECORD, PairFile
-from rlplugins_local.engine import on_device, widened
+from rlplugins_local.engine import widened
 from rlplugins_local.policy import Policy, Sequences, cut
-from rlplugins_local.run import clipped_step, due, make_optimiser, moved
+from rlplugins_local.run import clipped_step, due, make_optimiser
 
 logger = logging.getLogger("rlplugins.local")
 
@@ -177,7 +178,7 @@ class PreferenceTrainer:
             current = self.policy.passes(mine, config.temperature, config.micro_batch_size).log_probs
             chosen |= _by_side("log_probs", current)
         shared = moved(self.stack.step.shared_by_all(), device)
-        return self.stack.pair_mini_batch(on_device(chosen, device), shared, metrics=logged), mine
+        return self.stack.pair_mini_batch(moved(chosen, device), shared, metrics=logged), mine
 
     def micro_batches(
         self, mini: PairMiniBatch, sequences: Sequences, metrics: Metrics

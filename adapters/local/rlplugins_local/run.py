@@ -21,12 +21,12 @@ from rlplugins.rollouts import POLICY, Column, Prompts, Requests, Rollouts, take
 from rlplugins.stack import Credit, Stack, StackConfig
 from rlplugins.steps import Run, generator
 from rlplugins.table import PromptTable
-from rlplugins.update import MiniBatch, probability_ratio
+from rlplugins.update import MiniBatch, moved, probability_ratio
 from rlplugins_local import output
 from rlplugins_local.adapter import build_stack, group_size
 from rlplugins_local.config import TrainConfig
 from rlplugins_local.data import PromptFile, Scorer
-from rlplugins_local.engine import LocalEngine, on_device, widened
+from rlplugins_local.engine import LocalEngine, warmth, widened
 from rlplugins_local.policy import Policy, Sequences, cut
 
 logger = logging.getLogger("rlplugins.local")
@@ -256,7 +256,7 @@ class LocalTrainer:
             current = widened(passes.log_probs, width).to(device)
         if not whole:
             columns = {name: take(column, rows) for name, column in columns.items()}
-        columns = on_device(columns, device)
+        columns = moved(columns, device)
         shared = moved(stack.step.shared_by_all(), device)
         mini = stack.mini_batch(columns, shared, kinds=rollouts.kinds, log_probs=current)
         if mini.weightless:
@@ -383,7 +383,7 @@ def clipped_step(config: TrainConfig, policy: Policy, optimiser: torch.optim.Opt
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
     if policy.value_head is not None:
         torch.nn.utils.clip_grad_norm_(policy.value_head.parameters(), config.max_grad_norm)
-    warm = min(1.0, (made + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    warm = warmth(config, made)
     for group in optimiser.param_groups:
         group["lr"] = group["initial_lr"] * warm
     optimiser.step()
@@ -447,12 +447,3 @@ def rollout_metrics(everything: Rollouts, rollouts: Rollouts, credit: Credit | N
 def _mean(values: Tensor | None, mask: Tensor) -> Tensor:
     assert values is not None
     return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Shared values with their tensors on the device of the update."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: moved(item, device) for name, item in value.items()}
-    return value
