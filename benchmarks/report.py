@@ -29,6 +29,7 @@ once, block by block into a buffer that stays in the cache, and every such tenso
 
 
 STEPS_OF_VERL, STEPS_OF_OPENRLHF = "Steps of verl", "Steps of OpenRLHF"
+SHARED_PREFIXES = "Prefix Grouper beside the plain forward"
 """Headings of the sections that other scripts write, and `make benchmark` leaves as they are."""
 
 
@@ -150,7 +151,7 @@ def with_section(text: str, heading: str, body: str) -> str:
 def page(lines: Sequence[Line], before: str = "") -> str:
     """The whole page; what other scripts wrote on the one `before` stays."""
     text = _page(lines)
-    for heading in (STEPS_OF_VERL, STEPS_OF_OPENRLHF):
+    for heading in (STEPS_OF_VERL, STEPS_OF_OPENRLHF, SHARED_PREFIXES):
         if kept := section(before, heading):
             text = with_section(text, heading, kept)
     return text

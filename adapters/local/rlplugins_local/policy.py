@@ -232,11 +232,14 @@ class Policy:
             result.values = self.value_head(hidden).squeeze(-1) * batch.mask
         return result
 
-    def passes(self, sequences: Sequences, temperature: float, micro_batch_size: int | None, **wanted: bool) -> Outputs:
-        """`forward` on any number of rows, without gradient; results (N, T) on the CPU."""
+    def passes(
+        self, sequences: Sequences, temperature: float, micro_batch_size: int | None, units: Tensor | None = None,
+        **wanted: bool,
+    ) -> Outputs:  # fmt: skip
+        """`forward` on any number of rows, without gradient; results (N, T) on the CPU. Rows of one unit stay together."""
         results: dict[str, Tensor] = {}
         with torch.no_grad():
-            for rows in cut(sequences.lengths, micro_batch_size):
+            for rows in cut(sequences.lengths, micro_batch_size, units):
                 outputs = self.forward(sequences.take(rows), temperature, **wanted)
                 for name, part in vars(outputs).items():
                     if part is not None:

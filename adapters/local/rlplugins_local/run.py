@@ -216,7 +216,8 @@ class LocalTrainer:
         """Old and reference log-probs, values and entropies, as far as the stack takes them."""
         config, stack = self.config, self.stack
         sequences = Sequences.of(rollouts.prompts, rollouts.responses, rollouts.mask)
-        arguments = (sequences, config.temperature, config.micro_batch_size)
+        units = torch.unique(rollouts.prompt_keys, return_inverse=True)[1] if self.needs_together else None
+        arguments = (sequences, config.temperature, config.micro_batch_size, units)
         old = self.policy.passes(*arguments, entropy=True, values=self.has_critic)
         stack.metrics.log("entropy", _mean(old.entropy, rollouts.mask))
         columns: dict[str, Any] = {"old_log_probs": old.log_probs, "values": old.values}
