@@ -39,6 +39,10 @@ FACTS = {
 }
 
 
+LINES: Mapping[str, tuple[str, ...]] = {"judge": ("judge: {url: ..., model: ...}",)}
+"""Per need that a line of the stack file meets this line."""
+
+
 def violations(plan: Plan, allow: Iterable[str]) -> list[Violation]:
     """Everything that makes the plan illegal."""
     allowed = set(allow)
@@ -178,7 +182,8 @@ def _needs(plan: Plan) -> list[Violation]:
             declared = any(need in plugin.needs for plugin in plan.active_plugins())
             taking = [item for item in plan.everything_running() if need in argument_needs(item)]
             hooks = {item.hook: [other for other in taking if other.hook == item.hook] for item in taking}
-            found.append(Violation("needs", problem, () if declared else _off(plan, hooks)))
+            settled = LINES.get(need.kind, ()) if declared else _off(plan, hooks)
+            found.append(Violation("needs", problem, settled))
     return found
 
 

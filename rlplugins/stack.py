@@ -935,9 +935,7 @@ def _trainer(trainer: Trainer | str | None, judge: JudgeConfig | None) -> Traine
     trainer = find_adapter(trainer).configured({}) if isinstance(trainer, str) else trainer
     if trainer is None:
         return None
-    provides = trainer.provides | {"judge"} if judge is not None else trainer.provides
-    remedies = {"judge": "write `judge: {url: ..., model: ...}` into the stack file"}
-    return replace(trainer, provides=provides, remedies={**remedies, **trainer.remedies})
+    return replace(trainer, provides=trainer.provides | {"judge"}) if judge is not None else trainer
 
 
 def read_config(mapping: Any, where: str) -> StackConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlplugins import Plugin, Rollouts, Stack, hookimpl, needs
 from rlplugins.errors import ConfigurationError, HookError, StackError, Violation
 from rlplugins.hookspecs import HOOKS
-from rlplugins.legality import FACTS
+from rlplugins.legality import FACTS, LINES
 from rlplugins.needs import MEANINGS
 from rlplugins.stack import StackConfig
 from rlplugins.testing import credit, loss_and_gradient, make_rollouts, start
@@ -214,11 +214,11 @@ def test_a_need_that_the_trainer_does_not_meet_is_refused_and_an_optional_one_is
     plugin = made("a", {"needs": (need,)})
     poor = Trainer("poor", columns=frozenset(), ranks=2)
     (violation,) = violations([plugin], trainer=poor)
-    assert violation.rule == "needs" and violation.settled_by == ()
+    assert violation.rule == "needs" and violation.settled_by == LINES.get(need.kind, ())
     assert (
         "a needs " in violation.problem and str(need) in violation.problem and "poor does not give" in violation.problem
     )
-    assert "no line of the stack file settles this" in str(violation)
+    assert ("no line of the stack file settles this" in str(violation)) == (need is not needs.JUDGE)
     assert not violations([made("a", {"needs": (need.optional(),)})], trainer=poor)
     rich = Trainer("rich", provides=ALL, columns=frozenset({need.value}), ranks=1)
     assert not violations([plugin], trainer=rich)
@@ -507,7 +507,7 @@ def test_equal_groups_are_measured() -> None:
 def broken() -> tuple[list[Plugin], dict[str, Any]]:
     """A stack that breaks every rule."""
     plugins = [
-        made("a", {"needs": (needs.group_size(at_least=2), needs.JUDGE), "assumes": {"token_ratio"}},
+        made("a", {"needs": (needs.group_size(at_least=2), needs.ENGINE), "assumes": {"token_ratio"}},
              reduce_loss=lambda self, loss: loss.sum()),
         made("b", {"needs": (needs.group_size(exactly=1),)}, reduce_loss=lambda self, loss: loss.mean(),
              clip_range=lambda self: (0.8, 1.2)),
@@ -525,7 +525,7 @@ def test_all_violations_are_reported_at_once_each_with_what_settles_it() -> None
     text = str(error.value)
     assert text.startswith("the stack [a, b, c] cannot run:")
     for part in ("[claims] reduce_loss", "off: 'c.baseline'", "[flow] b.clip_range", "[needs] the numbers of responses",
-                 "a needs a judge", "[facts] token_ratio"):  # fmt: skip
+                 "a needs an engine", "[facts] token_ratio"):  # fmt: skip
         assert part in text
     for violation in found:
         for line in violation.settled_by:
