@@ -22,7 +22,10 @@ PARTNERS: dict[str, list[Any]] = {
     "aepo": ["knapsack"],
     "bapo": ["d3s"],
     "bnpo": ["knapsack"],
+    "chord": ["knapsack"],
+    "critique-grpo": ["knapsack"],
     "d3s": ["bapo", "knapsack"],
+    "dynamic-reward-weighting": ["knapsack"],
     "epo": ["bapo"],
     "grpo-d": ["d3s"],
     "gtpo": ["knapsack"],
@@ -31,24 +34,34 @@ PARTNERS: dict[str, list[Any]] = {
     "hbpo": ["knapsack"],
     "knapsack": ["rloo"],
     "p3o": ["knapsack"],
+    "pcl": ["knapsack"],
     "pf-ppo": ["knapsack"],
+    "prefix-grouper": ["bapo"],
     "rank-grpo": ["d3s"],
     "rdpo": ["nll"],
     "rec": ["knapsack"],
     "riskpo": ["bapo"],
     "scaf-grpo": ["hbpo"],
     "sec": ["knapsack"],
+    "segment-po": ["bapo"],
     "spo": ["bapo"],
     "stratified-grpo": ["knapsack"],
 }
 """A sensible partner of each plugin; several are one larger stack."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "critique-grpo": {"T": 4, "template": "{question}{solution}{critique}"},
+    "dynamic-reward-weighting": {
+        "weights": {"score": 0.8, "conciseness": 0.2},
+        "validation": {"validation/reward": "max", "validation/response_length": "min"},
+    },
     "nll": {"coefficient": 0.2},
+    "pcl": {"features": ["digits"]},
     "hbpo": {"budgets": [3, 4, 5], "L": 6, "alpha": 0.02, "beta": 0.5, "prefix": "{budget}="},
     "rank-grpo": {"n_ranks": 3, "separators": {14: 1}, "aggregation": "token_mean"},  # 14 is the token "="
     "rec": {"clip_mode": "one-side"},
     "scaf-grpo": {"warmup": 0, "template": "{question}{hint}"},
+    "segment-po": {"interval": 2, "continuations": 4},
 }
 """Options of the plugin that a run on this task needs."""
 
@@ -85,7 +98,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arithmetic.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
     arithmetic.write_prompts(folder, seed=0)
     lines = [json.loads(line) | HINTS for line in (folder / "train.jsonl").read_text().splitlines()]
-    lines = [line | {"category": len(line["answer"])} for line in lines]
+    lines = [line | {"category": len(line["answer"]), "demonstration": "2468"} for line in lines]
     for name, part in (("train", lines), ("few", lines[:16])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
     pairs = [line | {"chosen": "2", "rejected": "3"} for line in lines]
