@@ -31,7 +31,7 @@ class OpenRLHFAdapter:
         return Trainer(
             name="openrlhf",
             binds=(frozenset(HOOKS) - settings.UNBOUND) | preferences.BINDS,
-            provides=settings.provides(ahead=False) | {"validation_every_step", "together"},
+            provides=settings.provides(ahead=False) | {"validation_every_step", "together", "gradients"},
             columns=None,
             remedies=settings.REMEDIES,
         )

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rlplugins.errors import DataError
-from rlplugins.rollouts import POLICY, Column, Columns, Rollouts, take, written_column
-from rlplugins_openrlhf.pool import Pool, PoolPrompt
+from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Rollouts, take, written_column
+from rlplugins_openrlhf.pool import ELSEWHERE, PoolPrompt
 
 PREFIX = "rlplugins/"
 ROW = "_openrlhf_row"
@@ -40,12 +40,12 @@ def _first_action(sample: Any) -> int:
     return int(own[0]) + 1 if len(own) else sample.sequences.shape[1]
 
 
-def to_rollouts(samples: Sequence[Any], pool: Pool, version: int, *, keep_log_probs: bool = False) -> Rollouts:
+def to_rollouts(samples: Sequence[Any], known: Prompts, version: int, *, keep_log_probs: bool = False) -> Rollouts:
     """The rows of a step, in the order in which they are given.
 
     Args:
         samples: OpenRLHF's, one row each, whose prompts are `PoolPrompt`s.
-        pool: all prompts of the run.
+        known: the prompt of each.
         version: updates that the policy had made when it drew them.
         keep_log_probs: whether the stack reads the engine's log-probs.
     """
@@ -53,7 +53,7 @@ def to_rollouts(samples: Sequence[Any], pool: Pool, version: int, *, keep_log_pr
     starts = starts_of(samples)
     rows = [sample.sequences[0] for sample in samples]
     sizes = [int(sample.attention_mask.sum()) for sample in samples]
-    width = max(1, max(size - start for size, start in zip(sizes, starts.tolist(), strict=True)))
+    width = max([1, *(size - start for size, start in zip(sizes, starts.tolist(), strict=True))])
     responses, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.bool)
     drawn = torch.zeros(len(rows), width) if keep_log_probs else None
     for place, (sample, start, size) in enumerate(zip(samples, starts.tolist(), sizes, strict=True)):
@@ -61,14 +61,13 @@ def to_rollouts(samples: Sequence[Any], pool: Pool, version: int, *, keep_log_pr
         mask[place, : size - start] = sample.action_mask[0, start - 1 : size - 1].bool()
         if drawn is not None:
             drawn[place, : size - start] = sample.rollout_log_probs[0, start - 1 : size - 1]
-    position = torch.tensor([prompt.position for prompt in prompts])
-    known = pool.prompts.select(position)
     columns = dict(known.columns)
     written = _written(prompts)
     columns[ROW] = torch.arange(len(rows))
     components, names = components_of(samples)
     return Rollouts(
-        prompt_keys=known.keys, prompt_rows=known.rows, groups=torch.tensor([prompt.place for prompt in prompts]),
+        prompt_keys=known.keys, prompt_rows=known.rows,
+        groups=torch.tensor([prompt.place for prompt in prompts], dtype=torch.int64),
         prompts=[row[:start].tolist() for row, start in zip(rows, starts.tolist(), strict=True)],
         responses=responses, mask=mask, scores=scores_of(samples),
         kind=torch.zeros(len(rows), dtype=torch.int8), kinds=(POLICY,), version=torch.full((len(rows),), version),
@@ -101,7 +100,8 @@ def scores_of(samples: Sequence[Any]) -> Tensor:
 
 def components_of(samples: Sequence[Any]) -> tuple[Tensor | None, tuple[str, ...]]:
     """The numbers (B, K) that the reward function gave as `extra_logs`, and their names."""
-    names = tuple(name for name in samples[0].info if name not in MEASURED and not name.startswith(PREFIX))
+    given = samples[0].info if samples else ()
+    names = tuple(name for name in given if name not in MEASURED and not name.startswith(PREFIX))
     if not names:
         return None, ()
     numbers = [[float(sample.info.get(name, torch.tensor(torch.nan))) for name in names] for sample in samples]
@@ -142,9 +142,18 @@ def samples_of(rollouts: Rollouts, drawn: Rollouts, samples: Sequence[Any]) -> l
     keys = rollouts.prompt_keys.tolist()
     found = []
     for row, (place, kept) in enumerate(zip(own.tolist(), same, strict=True)):
-        like = samples[place if place >= 0 else by_prompt.get(keys[row], 0)]
-        found.append(like if kept else _made(rollouts, row, like))
+        like = by_prompt.get(keys[row]) if place < 0 else place
+        sample = samples[like] if like is not None else _elsewhere(samples[0])
+        found.append(sample if kept else _made(rollouts, row, sample))
     return found
+
+
+def _elsewhere(sample: Any) -> Any:
+    """A sample of a prompt of which the step has no other row."""
+    return replace(
+        sample, prompts=[PoolPrompt.of("", ELSEWHERE)], labels=[""], images=[None] * len(sample.images),
+        mm_train_inputs=[None] * len(sample.mm_train_inputs),
+    )  # fmt: skip
 
 
 def unchanged(drawn: Rollouts, extended: Rollouts, own: Tensor) -> list[bool]:
@@ -182,11 +191,14 @@ def _made(rollouts: Rollouts, row: int, like: Any) -> Any:
     own[len(prompt) - 1 :] = rollouts.mask[row, :size].to(own)
     score = rollouts.scores[row].float()
     info = {name: value.clone() for name, value in like.info.items() if not name.startswith(PREFIX)}
+    if rollouts.components is not None:
+        info |= dict(zip(rollouts.component_names, rollouts.components[row].float().split(1), strict=True))
     return replace(
         like, sequences=sequence[None], attention_mask=torch.ones_like(sequence)[None], action_mask=own[None],
         rollout_log_probs=None if like.rollout_log_probs is None else torch.zeros_like(own, dtype=torch.float32)[None],
         rewards=score, scores=score, response_length=own.sum()[None], truncated=torch.zeros_like(like.truncated),
-        total_length=torch.tensor([float(len(sequence))]), info=info | {"reward": score},
+        total_length=torch.tensor([float(len(sequence))]),
+        info=info | {name: score for name in ("reward", "score") if name in info},
     )  # fmt: skip
 
 

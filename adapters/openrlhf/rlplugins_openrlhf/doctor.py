@@ -9,7 +9,19 @@ from pathlib import Path
 from rlplugins import bindings
 from rlplugins.errors import ConfigurationError
 from rlplugins_openrlhf import settings
-from rlplugins_openrlhf.points import ACTOR, BUFFER, CRITIC, ENGINE, MAKER, POINTS, SAMPLES, TRAINER
+from rlplugins_openrlhf.points import (
+    ACTOR,
+    AGENT,
+    BUFFER,
+    CRITIC,
+    ENGINE,
+    LAUNCHER,
+    MAKER,
+    MODEL,
+    POINTS,
+    SAMPLES,
+    TRAINER,
+)  # fmt: skip
 
 CALLS = (
     (TRAINER, "PPOTrainer.fit", "self.samples_generator.generate_samples("),
@@ -29,7 +41,13 @@ CALLS = (
     (ACTOR, "ActorPPOTrainer.ppo_train", "iter_grad_accum_global_norm("),
     (ACTOR, "ActorPPOTrainer.ppo_train", "self.training_step("),
     (ACTOR, "ActorPPOTrainer.training_step", "self.actor_loss_fn("),
+    (ACTOR, "ActorPPOTrainer.training_step", "self.actor("),
+    (ACTOR, "ActorPPOTrainer.training_step", "self.actor_scheduler.get_last_lr("),
     (ACTOR, "PolicyModelActor.fit", "self.trainer.ppo_train("),
+    (ACTOR, "PolicyModelActor.forward", "self.actor("),
+    (LAUNCHER, "ReferenceModelActor.forward", "self.model("),
+    (MODEL, "Actor.forward", "self.model("),
+    (AGENT, "SingleTurnAgentExecutor.execute", "llm_engine.generate("),
     (CRITIC, "CriticPPOTrainer.ppo_train", "iter_grad_accum_global_norm("),
     (CRITIC, "CriticPPOTrainer.training_step", "self.critic_loss_fn("),
     ("cli/train_ppo_ray.py", "train", "ray.is_initialized("),

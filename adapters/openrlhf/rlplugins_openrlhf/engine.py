@@ -1,4 +1,5 @@
-"""The engine of OpenRLHF as a service to hooks: generation through its rollout actors, log-probs through its model actors."""
+"""The engine of OpenRLHF as a service to hooks: generation through its rollout actors, log-probs and gradients through its
+model actors."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from rlplugins.errors import ServiceError
-from rlplugins.rollouts import Requests, Rollouts, Sampling
+from rlplugins.rollouts import Requests, Rollouts, Sampling, take, texts_of
+from rlplugins.services import Gradients
 from rlplugins_openrlhf import settings
 from rlplugins_openrlhf.columns import ROW, to_responses, to_rollouts
-from rlplugins_openrlhf.pool import POSITION, PoolPrompt
+from rlplugins_openrlhf.gradients import Asked, Part
+from rlplugins_openrlhf.pool import ELSEWHERE, POSITION, PoolPrompt, Request
 
 
 class OpenRLHFEngine:
@@ -41,26 +44,57 @@ class OpenRLHFEngine:
         sampling = sampling or run.sampling(len(requests))
         if greedy:
             sampling = replace(sampling, temperature=torch.zeros_like(sampling.temperature))
+        made = run.requests(requests, sampling, plain(requests))
+        with self._awake():
+            responses = self._sent(requests, made)
+        return self._rollouts(requests, responses, score)
+
+    def given(self, requests: Requests, responses: Sequence[str], *, score: bool = True) -> Rollouts:
+        """Rows of responses that something else has written; see `rlplugins.services.Engine`.
+
+        With a reward they go through the executors of the rollout engines, which cut the prompt into tokens and score the
+        response in their own way, and are given it where they ask vLLM for one; without, through OpenRLHF's executor here.
+        """
+        requests = replace(requests, prefixes=[""] * len(requests))
+        made = self._run.requests(requests, None, plain(requests))
+        answers = iter(in_order(requests, self._run.encoded(requests.texts, responses)))
+        made = [[replace(request, answer=next(answers)) for request in own] for own in made]
+        return self._rollouts(requests, self._sent(requests, made) if score else self._written(requests, made), score)
+
+    def _sent(self, requests: Requests, made: Sequence[Sequence[Request]]) -> list[Any]:
+        """OpenRLHF's responses to the requests, which go to its engines prompt by prompt."""
+        run = self._run
         position = requests.prompts.columns.get(POSITION)
         if position is None:
-            raise ServiceError("only prompts of the data set can be generated from: take them from `requests.prompts`")
-        places = torch.as_tensor(position)[requests.prompt].tolist()
-        single = replace(
-            requests,
-            prompt=torch.arange(len(requests)),
-            prompts=requests.prompts.select(requests.prompt),
-        )
-        made = run.requests(single, sampling)
+            raise ServiceError(
+                "only prompts of the data set can be generated from and scored: take them from `requests.prompts`"
+            )
+        asked = [number for number, own in enumerate(made) if own]
+        places = torch.as_tensor(position)[torch.tensor(asked, dtype=torch.int64)].tolist()
         items = [run.pool.item(place) for place in places]
         prompts = [
             PoolPrompt.of(text, place, number, made[number])
-            for number, (place, (text, _, _)) in enumerate(zip(places, items, strict=True))
+            for number, place, (text, _, _) in zip(asked, places, items, strict=True)
         ]
-        with self._awake():
-            refs = run.dispatch(prompts, [item[1] for item in items], images=[item[2] for item in items], each=1)
-            responses = [response for group in ray.get(refs) for response in group]
+        refs = run.dispatch(prompts, [item[1] for item in items], [item[2] for item in items])
+        return as_asked(requests, [response for group in ray.get(refs) for response in group])
+
+    def _written(self, requests: Requests, made: Sequence[Sequence[Request]]) -> list[Any]:
+        """The same of requests that hold their answers, without a reward."""
+        position = requests.prompts.columns.get(POSITION)
+        places = [ELSEWHERE] * len(made) if position is None else torch.as_tensor(position).tolist()
+        prompts = []
+        for number, (place, own) in enumerate(zip(places, made, strict=True)):
+            text = self._run.templated(requests.prompts.texts[number]) if own else ""
+            prompts += [PoolPrompt.of(text, place, number, [request]) for request in own]
+        return as_asked(requests, self._run.answered(prompts))
+
+    def _rollouts(self, requests: Requests, responses: Sequence[Any], score: bool) -> Rollouts:
+        """Rows of OpenRLHF's responses to the requests."""
+        run = self._run
         samples = [run.sample(response) for response in responses]
-        rollouts = to_rollouts(samples, run.pool, run.done, keep_log_probs=run.keeps_log_probs)
+        known = requests.prompts.select(requests.prompt)
+        rollouts = to_rollouts(samples, known, run.done, keep_log_probs=run.keeps_log_probs)
         rollouts.columns[ROW] = torch.full((len(samples),), -1)
         rollouts.columns.written.discard(ROW)
         scores = rollouts.scores if score else torch.full_like(rollouts.scores, torch.nan)
@@ -78,6 +112,10 @@ class OpenRLHFEngine:
         yield
         if sleeps:
             batch_vllm_engine_call(engines, "sleep")
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The responses as texts; see `rlplugins.services.Engine`."""
+        return texts_of(rollouts, self._run.tokenizer)
 
     def log_probs(
         self, prompts: Sequence[Sequence[int]], responses: Tensor, mask: Tensor, *, policy: str = "current"
@@ -105,9 +143,45 @@ class OpenRLHFEngine:
             log_probs[part] = to_responses(answer.float(), batch[3], mask.shape[1])
         return torch.where(mask.bool(), log_probs.to(mask.device), 0.0)
 
-    def gradient_products(self, rollouts: Rollouts, advantages: Sequence[Tensor]) -> Tensor:
-        """OpenRLHF's actors give no gradient to the trainer's process."""
-        raise ServiceError("engine.gradient_products has no binding in OpenRLHF yet; use the local trainer")
+    def gradient_products(
+        self, rollouts: Rollouts, advantages: Sequence[Tensor], *, parameters: str | None = None
+    ) -> Gradients:
+        """How the loss gradients under each of K advantages lie, on the actor's ranks; see `rlplugins.services.Engine`."""
+        run, own = self._run, rollouts.unguarded()
+        columns = run.stack.gradient_columns(own, torch.zeros_like(own.scores))
+        shared = run.stack.step.shared_by_all()
+        cuts = run.micro_batches(own)
+        asked = []
+        for rank in range(settings.ranks(run.args)):
+            mine = cuts[rank :: settings.ranks(run.args)]
+            rows = torch.tensor([row for part in mine for row in part], dtype=torch.int64)
+            parts = [
+                Part(*whole([own.prompts[row] for row in part], own.responses[part], own.mask[part])) for part in mine
+            ]
+            asked.append(
+                Asked(
+                    columns={name: take(column, rows) for name, column in columns.items()},
+                    advantages=[item.detach()[rows] for item in advantages], shared=shared, kinds=own.kinds, parts=parts,
+                    width=own.mask.shape[1], parameters=parameters,
+                )
+            )  # fmt: skip
+        found: Gradients = run.gradients(asked)
+        return found
+
+
+def plain(requests: Requests) -> Requests:
+    """The requests as they would be sent if no hook had written other texts."""
+    return replace(requests, texts=[requests.prompts.texts[place] for place in requests.prompt.tolist()])
+
+
+def in_order(requests: Requests, values: Sequence[Any]) -> list[Any]:
+    """One value per request, in the order of the prompts."""
+    return [values[row] for row in torch.argsort(requests.prompt, stable=True).tolist()]
+
+
+def as_asked(requests: Requests, values: Sequence[Any]) -> list[Any]:
+    """The inverse of `in_order`."""
+    return [values[row] for row in torch.argsort(torch.argsort(requests.prompt, stable=True)).tolist()]
 
 
 def whole(prompts: Sequence[Sequence[int]], responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

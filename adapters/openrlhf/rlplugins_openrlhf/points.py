@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from rlplugins.bindings import Point
 
+AGENT, MODEL = "utils/agent.py", "models/actor.py"
+LAUNCHER = "trainer/ray/launcher.py"
 TRAINER = "trainer/ppo_trainer.py"
 AHEAD = "trainer/ppo_trainer_async.py"
 SAMPLES = "trainer/ppo_utils/samples_generator.py"
@@ -18,6 +20,11 @@ BUFFER = "trainer/ppo_utils/replay_buffer.py"
 ENGINE = "trainer/ray/vllm_engine.py"
 ACTOR, CRITIC = "trainer/ray/ppo_actor.py", "trainer/ray/ppo_critic.py"
 PAIRS, DPO = "datasets/reward_dataset.py", "trainer/dpo_trainer.py"
+
+FORWARD = (
+    "(sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs, ring_attn_group, "
+    "packed_seq_lens, return_entropy, **mm_inputs)"
+)
 
 POINTS = (
     Point("utils/config.py", "hierarchize", "(args)", "patched", "start: the stack is checked against the flags"),
@@ -38,7 +45,7 @@ POINTS = (
     Point(SAMPLES, "SamplesGenerator.generate_samples", "(**generate_kwargs)", "patched",
           "trainer: extend_rollouts, filter_rollouts"),
     Point(SAMPLES, "SamplesGenerator._process_response_into_experience", "(response, **generate_kwargs)", "called",
-          "trainer: engine.generate"),
+          "trainer: engine.generate, engine.given"),
     Point(MAKER, "RemoteExperienceMaker.make_experience_batch", "(rollout_samples)", "patched",
           "trainer: columns and shared values of the update, rows that fill mini-batches"),
     Point(MAKER, "RemoteExperienceMaker.make_experience", "(samples_list)", "patched", "trainer: entropies of the passes"),
@@ -55,16 +62,19 @@ POINTS = (
           "trainer: plugin state"),
     Point(TRAINER, "BasePPOTrainer.save_best_checkpoint", "(eval_metrics, global_step, client_states)", "patched",
           "trainer: on_validation, plugin state"),
-    Point("trainer/ray/launcher.py", "RayActorGroup.async_run_method_batch", "(method_name, **kwargs)", "called",
+    Point(LAUNCHER, "RayActorGroup.async_run_method_batch", "(method_name, **kwargs)", "called",
           "trainer: engine.log_probs"),
-    Point("utils/agent.py", "AgentExecutorBase.execute",
+    Point(AGENT, "AgentExecutorBase.execute",
           "(prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images)", "patched",
-          "engine: rewritten prompts, forced prefixes, sampling parameters: wrapped on the engine's executor"),
+          "engine: rewritten prompts, forced prefixes, sampling parameters, given responses: wrapped on the engine's executor"),
+    Point(AGENT, "SingleTurnAgentExecutor.__init__", "(remote_rm_url)", "called", "trainer: engine.given without a reward"),
+    Point(AGENT, "SingleTurnAgentExecutor.execute",
+          "(prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images)", "called", "trainer: the same"),
     Point(ENGINE, "RolloutRayActor.__init__",
           "(*args, bundle_indices, agent_func_path, remote_rm_url, mm_pad_token_ids, **kwargs)", "patched",
           "start: process_logits: two more of the options that OpenRLHF's start hands on to vLLM"),
     Point(ENGINE, "RolloutRayActor.generate", "(prompt_token_ids, sampling_params, multi_modal_data)",
-          "called", "engine: forced prefixes"),
+          "called", "engine: forced prefixes; given responses stand for what it returns"),
     Point(ENGINE, "batch_vllm_engine_call", "(engines, method_name, *args, rank_0_only, **kwargs)",
           "called", "trainer: engines that sleep are woken for engine.generate"),
     Point("utils/loss_utils.py", "iter_grad_accum_global_norm", "(data_iter, strategy, accumulated_gradient, mask_fn)",
@@ -81,9 +91,9 @@ POINTS = (
           "(values, old_values, returns, action_mask, dp_size, batch_num_tokens, global_batch_size)", "patched",
           "critic: targets and weights of its loss"),
     Point(CRITIC, "CriticPPOTrainer.training_step", "(experience, step, loss_batch_info)", "called", "critic: its step"),
-    Point("models/actor.py", "Actor.forward",
-          "(sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs, ring_attn_group, "
-          "packed_seq_lens, return_entropy, **mm_inputs)", "official", "actor: entropies, by forward hooks"),
+    Point(MODEL, "Actor.forward", FORWARD, "official", "actor: entropies, by forward hooks"),
+    Point(MODEL, "Actor.forward", FORWARD, "patched",
+          "actor and reference: the hook forward; called on the bare model for engine.gradient_products"),
     Point(PAIRS, "RewardDataset.__init__",
           "(dataset, tokenizer, max_length, strategy, input_template, is_dpo, num_processors)", "patched",
           "train_dpo: columns of the pairs that the data set drops"),

@@ -19,6 +19,8 @@ from rlplugins.table import PromptTable
 
 POSITION = "_openrlhf_position"
 """Column of the pool: position of the prompt in OpenRLHF's data set."""
+ELSEWHERE = -1
+"""The position of a prompt that is not of the data set."""
 
 
 @dataclass
@@ -28,23 +30,25 @@ class Request:
     Attributes:
         draw: its number among those of the prompt.
         text: the prompt as it is sent.
-        prefix: forced beginning of the response.
+        prefix: forced beginning of the response, as text or as token ids.
         sampling: by name of vLLM's parameter.
         columns: that hooks wrote.
+        answer: token ids of a response that something else has written.
     """
 
     draw: int = 0
     text: str | None = None
-    prefix: str = ""
+    prefix: str | Sequence[int] = ""
     sampling: Mapping[str, Any] | None = None
     columns: Mapping[str, Any] | None = None
+    answer: Sequence[int] | None = None
 
 
 class PoolPrompt(str):
     """A prompt's text, as OpenRLHF hands it around, with where it comes from and what is to be made of it.
 
     Attributes:
-        position: in the data set.
+        position: in the data set; `ELSEWHERE`: it is not of it.
         place: among the prompts of the step.
         requests: one per response, where a hook has a say in them.
         drawn: the request that the response to it came from.
@@ -110,6 +114,10 @@ class Pool:
     def tag(self) -> None:
         """Let OpenRLHF's data set give prompts that know their place."""
         self.dataset.prompts = [PoolPrompt.of(text, place) for place, text in enumerate(self.dataset.prompts)]
+
+    def known(self, prompts: Sequence[PoolPrompt]) -> Prompts:
+        """These prompts, with the columns of the file."""
+        return self.prompts.select(torch.tensor([prompt.position for prompt in prompts], dtype=torch.int64))
 
     def item(self, position: int) -> tuple[str, Any, Any]:
         """Text, label and images of one prompt, as OpenRLHF's loader gives them."""

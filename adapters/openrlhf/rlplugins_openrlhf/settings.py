@@ -10,6 +10,7 @@ from typing import Any
 from rlplugins.defaults import EntropyBonus
 from rlplugins.errors import ConfigurationError
 from rlplugins.hookspecs import HOOKS
+from rlplugins.needs import Need
 from rlplugins.plan import PREFERENCES
 from rlplugins.plugin import BuiltinName, Plugin
 from rlplugins.rollouts import DECLARED
@@ -22,7 +23,7 @@ TESTED = "0.11.2"
 OLDEST, TOO_NEW = (0, 10, 4), (0, 12)
 RANGE = ">=0.10.4,<0.12"
 
-UNBOUND = frozenset({"forward"}) | {name for name, hook in HOOKS.items() if hook.phase == "preferences"}
+UNBOUND = frozenset(name for name, hook in HOOKS.items() if hook.phase == "preferences")
 """Hooks that have no place in `train_ppo_ray`."""
 
 CREDIT = frozenset(name for name, hook in HOOKS.items() if hook.phase == "credit")
@@ -115,9 +116,40 @@ def why_apart(args: Any) -> str:
     return f"set {flags}, so that micro-batches and optimiser steps hold whole groups of {size}"
 
 
+def together(stack: Stack) -> list[Need]:
+    """What the stack's plugins need to have in one micro-batch, or would like to."""
+    return [need for need in stack.plan.needs() if need.kind == "together"]
+
+
+def must_keep_together(stack: Stack) -> bool:
+    """Whether some plugin cannot do without; such a stack is refused where `why_apart` has a reason."""
+    return any(need.required for need in together(stack))
+
+
 def keeps_together(args: Any, stack: Stack) -> bool:
-    """Whether rows are dealt to ranks and micro-batches as whole units."""
-    return stack.needs("together") and not why_apart(args)
+    """Whether the trainer decides which rows make a micro-batch; OpenRLHF else draws them."""
+    fits = int(at(args, "train.batch_size", 128)) % (micro_batch(args) * ranks(args)) == 0
+    return bool(together(stack)) and fits and not at(args, "train.dynamic_batch_enable", False)
+
+
+def why_no_gradients(args: Any) -> str:
+    """The flags without which `engine.gradient_products` would work; empty if it does."""
+    wrong = {
+        "set --ds.zero_stage 2, since stage 3 splits the parameters over the ranks": at(args, "ds.zero_stage", 2) == 3,
+        "leave out --ds.ring_attn_size, which splits sequences": int(at(args, "ds.ring_attn_size", 1)) > 1,
+        "leave out --ds.tensor_parallel_size, which splits the parameters": int(at(args, "ds.tensor_parallel_size", 1)) > 1,
+        "leave out --ds.lora.rank: products of the gradients of adapters are untested": int(at(args, "ds.lora.rank", 0)) > 0,
+        "leave out --ds.load_in_4bit, whose weights have no gradient": at(args, "ds.load_in_4bit", False),
+        "set --ds.param_dtype bf16, since gradients in 16 bits vanish without a scaled loss":
+            at(args, "ds.param_dtype", "bf16") == "fp16",
+        "leave out --ds.deepcompile, which reduces gradients inside of the graph": at(args, "ds.deepcompile", False),
+        "leave out --actor.gradient_checkpointing_reentrant, which torch.autograd.grad cannot pass":
+            at(args, "actor.gradient_checkpointing_enable", False)
+            and at(args, "actor.gradient_checkpointing_reentrant", False),
+        "leave out --data.max_images_per_prompt: images are not passed on": int(at(args, "data.max_images_per_prompt", 0)) > 0,
+        "leave out --train.async_enable": ahead(args),
+    }  # fmt: skip
+    return "; ".join(remedy for remedy, given in wrong.items() if given)
 
 
 def ahead(args: Any) -> bool:
@@ -168,20 +200,21 @@ def declare(args: Any, columns: Iterable[str] | None = None) -> Trainer:
     coefficient = float(at(args, "actor.entropy_coef", 0.0))
     every_step = bool(at(args, "eval.dataset")) and at(args, "eval.steps", -1) == 1
     filtered = bool(at(args, "algo.dynamic_filtering_enable", False))
-    apart = why_apart(args)
+    apart, blocked = why_apart(args), why_no_gradients(args)
     return Trainer(
         name="openrlhf",
         binds=frozenset(HOOKS) - UNBOUND,
         provides=provides(ahead(args))
         | ({"validation_every_step"} if every_step else set())
-        | (set() if apart else {"together"}),
+        | (set() if apart else {"together"})
+        | (set() if blocked else {"gradients"}),
         columns=None if columns is None else frozenset(given | set(columns)),
         group_size=group_size(args),
         ranks=ranks(args),
         defaults=found,
         extras=[EntropyBonus(coefficient=coefficient)] if coefficient else [],
         breaks={"complete_groups": "--algo.dynamic_filtering_enable"} if filtered else {},
-        remedies=REMEDIES | {"together": apart},
+        remedies=REMEDIES | {"together": apart, "gradients": blocked},
     )
 
 
@@ -201,7 +234,7 @@ REMEDIES = {
 
 def provides(ahead: bool) -> frozenset[str]:
     """Needs that OpenRLHF meets, with or without generation ahead of the updates."""
-    always = {"mini_batch_log_probs", "current_entropy", "response_prefix"}
+    always = {"mini_batch_log_probs", "current_entropy", "response_prefix", "trainable_model"}
     return frozenset(always if ahead else always | {"engine", "prompts_after_update"})
 
 
@@ -275,8 +308,11 @@ def owns_credit(stack: Stack) -> bool:
 
 
 def owns_loss(stack: Stack) -> bool:
-    """Whether the stack computes the loss, whose columns the critic's targets travel with; else OpenRLHF, as configured."""
-    claimed = any(stack.claims(hook) for hook in UPDATE | WEIGHTS | {"value_targets"})
+    """Whether the stack computes the loss, whose columns the critic's targets travel with; else OpenRLHF, as configured.
+
+    A plugin that asks for the gradients of the stack's loss asks for those of the loss that is trained.
+    """
+    claimed = any(stack.claims(hook) for hook in UPDATE | WEIGHTS | {"value_targets"}) or stack.needs("gradients")
     return resizes(stack) or claimed or any(plugin.kinds for plugin in stack.plugins)
 
 
@@ -328,8 +364,8 @@ def check_state(args: Any, stack: Stack) -> None:
 def refusals(args: Any, stack: Stack) -> list[str]:
     """Flags of OpenRLHF that a hook of the stack cannot be combined with, each with what to do."""
     credit, loss = owns_credit(stack), owns_loss(stack)
-    return [*_credit_refusals(args, credit), *_loss_refusals(args, stack, loss), *_rollout_refusals(args, stack),
-            *_ahead_refusals(args, stack), *_unmapped(args, stack, credit, loss)]  # fmt: skip
+    return [*_credit_refusals(args, credit), *_loss_refusals(args, stack, loss), *_forward_refusals(args, stack),
+            *_rollout_refusals(args, stack), *_ahead_refusals(args, stack), *_unmapped(args, stack, credit, loss)]  # fmt: skip
 
 
 def _credit_refusals(args: Any, credit: bool) -> list[str]:
@@ -358,7 +394,7 @@ def _loss_refusals(args: Any, stack: Stack, loss: bool) -> list[str]:
         found.append("--train.dynamic_batch_enable cuts mini-batches in a place that has no binding yet: leave it out "
                      "(--ds.packing_samples may stay)")  # fmt: skip
     growing = [hook for hook in GROWING if stack.claims(hook)]
-    if growing and keeps_together(args, stack):
+    if growing and must_keep_together(stack):
         found.append(f"{', '.join(growing)} may make a group that must stay whole larger than --train.micro_batch_size: use a "
                      "stack without one of the two")  # fmt: skip
     if stack.claims("value_targets") and not has_critic(args):
@@ -368,6 +404,22 @@ def _loss_refusals(args: Any, stack: Stack, loss: bool) -> list[str]:
             "reference_policy copies weights that --ds.zero_stage 3 splits over the ranks: set --ds.zero_stage 2"
         )
     return found
+
+
+def _forward_refusals(args: Any, stack: Stack) -> list[str]:
+    if not stack.claims("forward"):
+        return []
+    wrong = {
+        "--ds.ring_attn_size splits sequences": int(at(args, "ds.ring_attn_size", 1)) > 1,
+        "--ds.tensor_parallel_size splits the logits": int(at(args, "ds.tensor_parallel_size", 1)) > 1,
+        "--actor.aux_loss_coef takes a loss of OpenRLHF's own forward": float(at(args, "actor.aux_loss_coef", 0.0)) > 1e-8,
+        "--data.max_images_per_prompt takes images": int(at(args, "data.max_images_per_prompt", 0)) > 0,
+    }  # fmt: skip
+    return [
+        f"{reason}, and forward gets whole sequences of tokens: leave it out"
+        for reason, given in wrong.items()
+        if given
+    ]
 
 
 def _rollout_refusals(args: Any, stack: Stack) -> list[str]:
@@ -431,13 +483,17 @@ def total_steps(args: Any, prompts: int) -> int:
 
 READ = (
     "rollout.n_samples_per_prompt", "rollout.batch_size", "rollout.micro_batch_size", "rollout.temperature", "rollout.top_p",
+    "rollout.max_new_tokens",
     "train.batch_size", "train.micro_batch_size", "train.seed", "train.num_episodes", "train.async_enable",
     "train.dynamic_batch_enable",
     "train.agent_func_path", "actor.num_nodes", "actor.num_gpus_per_node", "actor.eps_clip", "actor.eps_clip_low_high",
-    "actor.dual_clip", "actor.policy_loss_type", "actor.entropy_coef", "critic.value_clip", "ds.ring_attn_size",
-    "ds.tensor_parallel_size", "ds.zero_stage", "algo.advantage.estimator", "algo.advantage.gamma", "algo.advantage.lambd",
+    "actor.dual_clip", "actor.policy_loss_type", "actor.entropy_coef", "actor.aux_loss_coef",
+    "actor.gradient_checkpointing_enable", "actor.gradient_checkpointing_reentrant", "critic.value_clip", "ds.ring_attn_size",
+    "ds.tensor_parallel_size", "ds.zero_stage", "ds.lora.rank", "ds.load_in_4bit", "ds.param_dtype", "ds.deepcompile",
+    "algo.advantage.estimator", "algo.advantage.gamma", "algo.advantage.lambd",
     "algo.advantage.no_std_norm", "algo.kl.init_coef", "algo.kl.use_loss", "algo.kl.estimator", "algo.kl.target",
     "algo.dynamic_filtering_enable", "reward.remote_url", "reward.clip_range", "eval.dataset", "eval.steps", "ckpt.path",
-    "ckpt.save_steps", "ckpt.disable_ds", "data.prompt_dataset", "data.input_key", "data.max_samples",
+    "ckpt.save_steps", "ckpt.disable_ds", "data.prompt_dataset", "data.input_key", "data.max_samples", "data.max_len",
+    "data.apply_chat_template", "data.max_images_per_prompt",
 )  # fmt: skip
 """Flags of `train_ppo_ray` that the adapter reads and all supported versions have."""

@@ -13,6 +13,7 @@ trainer and of the objects that it holds; every replacement calls the original. 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -29,14 +30,16 @@ import ray
 import torch
 from torch import Tensor
 
-from rlplugins.errors import ConfigurationError
+from rlplugins import ops
+from rlplugins.errors import ConfigurationError, DataError
 from rlplugins.rollouts import Prompts, Requests, Rollouts, Sampling
+from rlplugins.services import Gradients
 from rlplugins.stack import Credit, Stack, StackConfig
 from rlplugins.steps import Run
 from rlplugins.table import PromptTable
-from rlplugins.together import packed, units_of
+from rlplugins.together import packed
 from rlplugins_openrlhf import columns as rows_of_openrlhf
-from rlplugins_openrlhf import rollout, settings, worker
+from rlplugins_openrlhf import gradients, rollout, settings, worker
 from rlplugins_openrlhf.columns import REAL
 from rlplugins_openrlhf.engine import OpenRLHFEngine
 from rlplugins_openrlhf.pool import Pool, PoolPrompt, Request
@@ -166,13 +169,10 @@ class Generation:
             sampling = drawn if self.stack.claims("sampling_params") else None
         return self.requests(requests, sampling, Requests.of(prompts, counts))
 
-    def requests(
-        self, requests: Requests, sampling: Sampling | None, plain: Requests | None = None
-    ) -> list[list[Request]]:
+    def requests(self, requests: Requests, sampling: Sampling | None, plain: Requests) -> list[list[Request]]:
         """Per prompt its requests as they are sent; `plain` are those before any hook."""
-        plain = plain or Requests.of(requests.prompts, torch.ones(len(requests), dtype=torch.int64))
         texts = {row: self.templated(requests.texts[row]) for row in rollout.rewritten(plain, requests)}
-        return rollout.requests_of(plain, requests, sampling, texts, numbers=self.stack.claims("process_logits"))
+        return rollout.requests_of(requests, sampling, texts, numbers=self.stack.claims("process_logits"))
 
     def templated(self, text: Any) -> str:
         """A prompt as OpenRLHF's data set makes it of the file's."""
@@ -182,6 +182,53 @@ class Generation:
         template = self.tokenizer.apply_chat_template if data.apply_chat_template else None
         made: str = preprocess_data({"prompt": text}, data.input_template, "prompt", None, template)[0]
         return made
+
+    def encoded(self, texts: Sequence[Any], responses: Sequence[str]) -> list[list[int]]:
+        """Token ids of responses to prompts, as the policy would have drawn them: with an end token."""
+        written = [self.answer(text, response) for text, response in zip(texts, responses, strict=True)]
+        ids = self.tokenizer(text=written, add_special_tokens=False)["input_ids"] if written else []
+        end = self.tokenizer.eos_token_id
+        return [row if end is None or (row and row[-1] in self.end_tokens) else [*row, end] for row in ids]
+
+    def answer(self, prompt: Any, response: str) -> str:
+        """What a response adds to its prompt; with a chat template, what that makes of it.
+
+        Raises:
+            DataError: if the template changes the prompt when a response follows.
+        """
+        if not self.args.data.apply_chat_template:
+            return response
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        start = self.templated(prompt)
+        whole = self.tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": response}], tokenize=False)
+        if not whole.startswith(start):
+            raise DataError("the chat template of the tokenizer changes the prompt when a response follows: leave out "
+                            "--data.apply_chat_template, and give prompts and responses as texts")  # fmt: skip
+        return str(whole[len(start) :]).rstrip("\n")
+
+    @functools.cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Every token at which the engine ends a response: the tokenizer's, and those that the model's folder names."""
+        from transformers import GenerationConfig
+
+        found: list[int] = [self.tokenizer.eos_token_id]
+        with contextlib.suppress(OSError):
+            named = GenerationConfig.from_pretrained(self.args.actor.model_name_or_path).eos_token_id
+            found += [named] if isinstance(named, int) else named or []
+        return frozenset(found)
+
+    def answered(self, prompts: Sequence[PoolPrompt]) -> list[dict[str, Any]]:
+        """OpenRLHF's responses to prompts whose requests hold an answer, made here: without engine and reward."""
+        from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+        executor = rollout.RequestExecutor(SingleTurnAgentExecutor(), self.keeps_log_probs)
+        sampling = SimpleNamespace(max_tokens=self.options.get("max_new_tokens"), logprobs=None)
+        same = {"sampling_params": sampling, "max_length": int(self.args.data.max_len), "hf_tokenizer": self.tokenizer}
+
+        async def execute() -> list[dict[str, Any]]:
+            return [await executor.execute(prompt, "", llm_engine=None, **same) for prompt in prompts]
+
+        return asyncio.run(execute())
 
     def sampling(self, rows: int) -> Sampling:
         """The user's own parameters for so many requests."""
@@ -193,20 +240,20 @@ class Generation:
         """Send prompts to the engines; each with as many responses as its requests, where hooks had a say in them."""
         if not self.training or not any(prompt.requests for prompt in prompts):
             return self.dispatch_all(prompts, labels, images=images, **options)  # type: ignore[no-any-return]
-        images = images if images is not None else [None] * len(prompts)
+        return self.dispatch(prompts, labels, images if images is not None else [None] * len(prompts), **options)
+
+    def dispatch(self, prompts: Sequence[Any], labels: Any, images: Any, **options: Any) -> list[Any]:
+        """OpenRLHF's own dispatch of as many responses to every prompt as it has requests."""
         counts = [len(prompt.requests) for prompt in prompts]
         refs: list[Any] = [None] * len(prompts)
         for count in sorted(set(counts)):
             rows = [row for row, own in enumerate(counts) if own == count]
-            parts = ([column[row] for row in rows] for column in (prompts, labels, images))
-            for row, ref in zip(rows, self.dispatch(*parts, each=count, **options), strict=True):
+            columns = ([column[row] for row in rows] for column in (prompts, labels, images))
+            given = dict(zip(("prompts", "labels", "images"), columns, strict=True))
+            sent = self.dispatch_all(**given, **{**(options or self.options), "n_samples_per_prompt": count})
+            for row, ref in zip(rows, sent, strict=True):
                 refs[row] = ref
         return refs
-
-    def dispatch(self, prompts: Any, labels: Any, images: Any, *, each: int, **options: Any) -> list[Any]:
-        """OpenRLHF's own dispatch of `each` responses to every prompt."""
-        options = {**(options or self.options), "n_samples_per_prompt": each}
-        return self.dispatch_all(prompts, labels, images=images, **options)  # type: ignore[no-any-return]
 
     def sample(self, response: Any) -> Any:
         """OpenRLHF's sample of an engine's response."""
@@ -239,6 +286,7 @@ class TrainingRun(Generation):
         self.owns_critic = settings.owns_critic(self.args, stack)
         self.keeps_entropy = stack.needs("column", "entropy") or stack.takes("entropy", "credit")
         self.keeps_together = settings.keeps_together(self.args, stack)
+        self.must_keep_together = settings.must_keep_together(stack)
         self.engine: OpenRLHFEngine | None = None
         self.rollouts: Rollouts | None = None
         self.credit: Credit | None = None
@@ -266,13 +314,18 @@ class TrainingRun(Generation):
 
     def shake_hands(self) -> None:
         """Bind every process that trains or generates, and compare what is installed there."""
-        specification = self.stack.specification()
-        update = worker.Binding(specification, loss=self.owns_loss, entropy=self.keeps_entropy)
+        specification, forward = self.stack.specification(), self.stack.claims("forward")
+        size = settings.micro_batch(self.args) if self.keeps_together else 0
+        update = worker.Binding(
+            specification, loss=self.owns_loss, entropy=self.keeps_entropy, forward=forward, whole=size
+        )
         clip = settings.at(self.args, "critic.value_clip")
         critic = worker.Binding(specification, critic=self.owns_critic, clip=clip)
+        reference = worker.Binding(specification, forward=forward)
         groups = (
             ("actor", self.trainer.actor_model_group, update),
             ("critic", self.trainer.critic_model_group, critic),
+            ("reference", self.trainer.reference_model_group if forward else None, reference),
         )
         calls = {
             f"{who} {number}": handle.__ray_call__.remote(worker.bind, binding)
@@ -321,7 +374,8 @@ class TrainingRun(Generation):
             raise ConfigurationError("the process that generates was not bound; start the run by `rlplugins openrlhf`")
         if self.owns_credit and not settings.scores_late(self.args):
             rows_of_openrlhf.complete(samples)
-        drawn = rows_of_openrlhf.to_rollouts(samples, self.pool, self.done, keep_log_probs=self.keeps_log_probs)
+        known = self.pool.known([sample.prompts[0] for sample in samples])
+        drawn = rows_of_openrlhf.to_rollouts(samples, known, self.done, keep_log_probs=self.keeps_log_probs)
         rollouts = drawn
         if self.stack.claims("extend_rollouts"):
             rollouts = self.stack.extend_rollouts(drawn, self.engine)  # type: ignore[arg-type]
@@ -340,12 +394,16 @@ class TrainingRun(Generation):
     def make_experiences(self, original: Callable[..., Any], samples: list[Any]) -> list[Any]:
         """OpenRLHF's experiences of the rows, with rows that fill the last mini-batch and what the ranks need."""
         assert self.rollouts is not None
+        size = settings.micro_batch(self.args)
         if not self.owns_loss:
-            return original(samples)  # type: ignore[no-any-return]
+            experiences = original(samples)
+            units = self.units(self.rollouts)
+            if units is None or len(samples) % (size * settings.ranks(self.args)):
+                return experiences  # type: ignore[no-any-return]
+            return recut(experiences, size, side_by_side(units, len(samples)))
         least = int(self.args.rollout.micro_batch_size) * (settings.ranks(self.args) - 1) + 1  # something for each rank
-        units, size = None, settings.micro_batch(self.args)
-        if self.keeps_together:
-            units = units_of(self.stack, self.rollouts, self.rollouts.groups)
+        units = self.units(self.rollouts)
+        if units is not None and self.must_keep_together:
             least = max(least, size * len(packed(units, torch.ones_like(units), size)))
         samples = rows_of_openrlhf.filled(samples, int(self.args.train.batch_size), least)
         experiences = original(samples)
@@ -360,7 +418,40 @@ class TrainingRun(Generation):
         rows_of_openrlhf.level(experiences)
         frame = worker.Frame(self.done, self.rollouts.kinds, self.stack.step.shared_by_all(), packing)
         self.everywhere(worker.open_step, frame)
-        return self.dealt(experiences) if units is None else recut(experiences, size, whole(units, len(samples), size))
+        if units is None:
+            return self.dealt(experiences)
+        ordered = whole(units, len(samples), size) if self.must_keep_together else side_by_side(units, len(samples))
+        return recut(experiences, size, ordered)
+
+    def units(self, rollouts: Rollouts) -> Tensor | None:
+        """(B,) int64, equal for rows that are to be in one micro-batch; None: they lie as they lie.
+
+        Where some plugin cannot do without, those that others would merely like are left out: they may be larger.
+        """
+        if not self.keeps_together:
+            return None
+        by = {need.value for need in settings.together(self.stack) if need.required >= self.must_keep_together}
+        alone = torch.full_like(rollouts.groups, -1)
+        return ops.joined(
+            rollouts.prompt_rows if "prompt" in by else alone, rollouts.groups if "group" in by else alone
+        )
+
+    def micro_batches(self, rollouts: Rollouts) -> list[list[int]]:
+        """The rows of each micro-batch of a mini-batch that they make up alone."""
+        size, units = settings.micro_batch(self.args), self.units(rollouts)
+        if units is not None and self.must_keep_together:
+            return packed(units, torch.ones_like(units), size)
+        order = list(range(len(rollouts))) if units is None else side_by_side(units, len(rollouts))
+        return [order[first : first + size] for first in range(0, len(order), size)]
+
+    def gradients(self, asked: Sequence[gradients.Asked]) -> Gradients:
+        """What the actor's ranks, each with its own part of the rows, say together."""
+        handles = self.trainer.actor_model_group._actor_handlers
+        calls = [
+            handle.__ray_call__.remote(worker.gradient_products, own)
+            for handle, own in zip(handles, asked, strict=True)
+        ]
+        return ray.get(calls)[0]  # type: ignore[no-any-return]
 
     def dealt(self, experiences: list[Any]) -> list[Any]:
         """The experiences, as many rows of them for every rank."""
@@ -657,6 +748,12 @@ def whole(units: Tensor, rows: int, size: int) -> list[int]:
             "--train.micro_batch_size (one prompt may stand in the prompt file several times)"
         )
     return [row for part in parts for row in part]
+
+
+def side_by_side(units: Tensor, rows: int) -> list[int]:
+    """The order of the rows in which those of a unit lie side by side, as far as micro-batches let them; `units` as above."""
+    units = torch.cat([units, units.new_full((rows - len(units),), 2**62)])
+    return torch.argsort(units, stable=True).tolist()
 
 
 def recut(experiences: list[Any], size: int, order: Sequence[int] | None = None) -> list[Any]:

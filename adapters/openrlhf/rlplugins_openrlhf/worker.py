@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from rlplugins.errors import ConfigurationError
+from rlplugins.services import Gradients
 from rlplugins.stack import Stack
 from rlplugins.steps import Metrics
-from rlplugins.update import MiniBatch
+from rlplugins.update import Loss, MiniBatch, moved
 from rlplugins_openrlhf import columns as rows_of_openrlhf
+from rlplugins_openrlhf import forward, gradients
 from rlplugins_openrlhf.columns import REAL, START, Packing, to_responses
-from rlplugins_openrlhf.settings import keeps_together, loss_values, micro_batch
+from rlplugins_openrlhf.settings import loss_values
 
 WINDOWS = "iter_grad_accum_global_norm"
 PARTS = ("policy_loss", "kl_loss", "auxiliary_loss")
@@ -41,6 +43,8 @@ class Binding:
         critic: whether the critic learns what the stack says.
         entropy: whether the pass over the step's rows is to keep their entropies.
         clip: bound of the change of the critic's values.
+        forward: whether the stack's `forward` stands for the model's.
+        whole: rows of a micro-batch, where these lie in the buffer as they are to be trained; 0: OpenRLHF draws them.
     """
 
     specification: Mapping[str, Any]
@@ -48,6 +52,8 @@ class Binding:
     critic: bool = False
     entropy: bool = False
     clip: float | None = None
+    forward: bool = False
+    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class Update:
         if self.stack.needs_mini_batch_log_probs and self.optimiser_steps:
             log_probs = self.current_log_probs(window, parts, columns["mask"], device)
         mini = self.stack.mini_batch(
-            columns, _on_device(frame.shared, device), kinds=frame.kinds, reduce=self.sum_over_ranks,
+            columns, moved(frame.shared, device), kinds=frame.kinds, reduce=self.sum_over_ranks,
             log_probs=log_probs, metrics=self.metrics,
         )  # fmt: skip
         width = frame.packing.width
@@ -218,7 +224,6 @@ class ActorUpdate(Update):
         self.takes_entropy = stack.takes("entropy", "update")
         self.entropy: Tensor | None = None
         self.values = loss_values()
-        self.keeps_together = keeps_together(trainer.args, stack)
         trainer.actor_loss_fn = self.loss
         trainer.training_step = functools.partial(self.step, trainer.training_step)
         trainer.ppo_train = functools.partial(self.train, trainer.ppo_train)
@@ -237,8 +242,6 @@ class ActorUpdate(Update):
     def train(self, original: Callable[[float], dict[str, Any]], coefficient: float) -> dict[str, Any]:
         """The whole update of a step; adds what hooks and losses logged to OpenRLHF's own metrics."""
         self.metrics, self.optimiser_steps = Metrics(), 0
-        if self.keeps_together:
-            keep_whole(self.trainer.replay_buffer, micro_batch(self.trainer.args))
         status = original(coefficient)
         status.pop("ppo_clip_ratio", None)  # what is clipped, only the loss knows
         found = self.over_ranks(self.metrics)
@@ -262,14 +265,8 @@ class ActorUpdate(Update):
         total = log_probs.sum() * 0.0  # ties the loss to the graph, whichever rows count
         here = micro.rows >= 0
         if bool(here.any()):
-            starts = micro.starts[here]
-            mine = to_responses(log_probs[here], starts, micro.width)
-            mask = to_responses(action_mask[here], starts, micro.width).bool()
-            spread = None
-            if self.takes_entropy and entropy is not None:
-                spread = to_responses(entropy[here][:, -log_probs.shape[1] :], starts, micro.width)
-                spread = torch.where(mask, spread, 0.0)
-            part = micro.mini.loss(torch.where(mask, mine, 0.0), micro.rows[here], entropy=spread)
+            real = Micro(micro.rows[here], micro.starts[here], micro.mini, micro.width)
+            part = self.part(real, log_probs[here], action_mask[here], None if entropy is None else entropy[here])
             total = total + part.total * self.factor(dp_size)
             for name, value in zip(PARTS, (part.policy, part.kl, part.auxiliary), strict=True):
                 self.metrics.log(f"rlplugins/{name}", value)
@@ -277,11 +274,28 @@ class ActorUpdate(Update):
         kl = drift.sum() / action_mask.sum().clamp(min=1)
         return (total, torch.zeros_like(kl), kl, None, None)[: self.values]
 
+    def part(self, micro: Micro, log_probs: Tensor, action_mask: Tensor, entropy: Tensor | None) -> Loss:
+        """The stack's loss of these rows, from what the model gives for whole sequences, (b, A)."""
+        mine = to_responses(log_probs, micro.starts, micro.width)
+        mask = to_responses(action_mask, micro.starts, micro.width).bool()
+        spread = None
+        if self.takes_entropy and entropy is not None:
+            spread = to_responses(entropy[:, -log_probs.shape[1] :], micro.starts, micro.width)
+            spread = torch.where(mask, spread, 0.0)
+        return micro.mini.loss(torch.where(mask, mine, 0.0), micro.rows, entropy=spread)
+
+
+def train_whole(trainer: Any, size: int, original: Callable[[float], dict[str, Any]], coefficient: float) -> Any:
+    """OpenRLHF's update on the rows as they lie in the buffer, so many in a micro-batch."""
+    keep_whole(trainer.replay_buffer, size)
+    return original(coefficient)
+
 
 def keep_whole(buffer: Any, size: int) -> None:
     """Let the buffer give its rows in whole micro-batches, so many in a row; OpenRLHF's loader then shuffles these."""
     buffer.dynamic_batch, buffer.sample_batch_size = True, 1
-    buffer.dynamic_indices = [list(part) for part in in_parts(range(len(buffer.items)), size)]
+    parts = in_parts(range(len(buffer.items)), size)
+    buffer.dynamic_indices = [part for part in parts if len(part) == size]
 
 
 class CriticUpdate(Update):
@@ -374,11 +388,16 @@ def device_of(strategy: Any) -> Any:
 
 
 def bind(worker: Any, binding: Binding) -> dict[str, Any]:
-    """The handshake, run in an actor of the policy or the critic: build the stack, and take the update over.
+    """The handshake, run in an actor of the policy, the critic or the reference: build the stack, and take over its part.
 
     Gives the stack's hash and versions, which the trainer compares with its own.
     """
     stack = Stack.from_specification(binding.specification)
+    if binding.forward:
+        forward.bind(stack, worker.actor if hasattr(worker, "actor") else worker.model)
+    if binding.whole:
+        trainer = worker.trainer
+        trainer.ppo_train = functools.partial(train_whole, trainer, binding.whole, trainer.ppo_train)
     if binding.loss:
         worker.rlplugins_update = ActorUpdate(stack, worker.trainer)
     if binding.critic:
@@ -392,6 +411,11 @@ def bind(worker: Any, binding: Binding) -> dict[str, Any]:
 def open_step(worker: Any, frame: Frame) -> None:
     """The frame of the step whose rows this process has been given."""
     worker.rlplugins_update.frame = frame
+
+
+def gradient_products(worker: Any, asked: gradients.Asked) -> Gradients:
+    """How loss gradients on the rows of all ranks lie to each other."""
+    return gradients.products(worker.rlplugins_update, asked)
 
 
 def take_entropies(worker: Any) -> list[Tensor]:
@@ -419,12 +443,3 @@ def copy_reference(worker: Any, weights: Mapping[str, Tensor]) -> None:
 def versions() -> dict[str, str]:
     """What must be the same in every process."""
     return {name: version(name) for name in ("rlplugins", "rlplugins-openrlhf", "openrlhf")}
-
-
-def _on_device(value: Any, device: Any) -> Any:
-    """Shared values with their tensors on the device of the update."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _on_device(item, device) for name, item in value.items()}
-    return value

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
+from openrlhf_side import free_port
 
 from rlplugins_openrlhf.cpu import launch, tiny
 
@@ -20,7 +27,7 @@ HERE = Path(__file__).parent
 SCRIPTED = ("--train.agent_func_path", str(HERE / "scripted_agent.py"))
 REPRODUCIBLE = HERE / "reproducible"
 TIMES = "train/timing/"
-PROBES = (HERE / "rlplugins_openrlhf_probe.py", HERE.parents[1] / "verl" / "tests" / "rlplugins_probe.py")
+PROBE = HERE / "rlplugins_openrlhf_probe.py"
 ENTRY = """[rlplugins]
 openrlhf-probe = rlplugins_openrlhf_probe:OpenRLHFProbe
 """
@@ -86,16 +93,7 @@ class OpenRLHFRun:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """What OpenRLHF logged, one entry per step."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        steps: dict[int, dict[str, Any]] = {}
-        for file in sorted(self.board.rglob("events.*")):
-            events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-            events.Reload()
-            for name in events.Tags()["scalars"]:
-                for event in events.Scalars(name):
-                    steps.setdefault(int(event.step), {"step": int(event.step)})[name] = event.value
-        return [steps[number] for number in sorted(steps)]
+        return metrics_of(self.board)
 
     @property
     def measured(self) -> list[dict[str, Any]]:
@@ -110,6 +108,78 @@ class OpenRLHFRun:
     def state(self, step: int) -> Path:
         """The folder of the plugin state of a step."""
         return self.folder / "checkpoints" / "rlplugins" / f"global_step{step}"
+
+
+def metrics_of(board: Path) -> list[dict[str, Any]]:
+    """What OpenRLHF logged for TensorBoard, one entry per step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    steps: dict[int, dict[str, Any]] = {}
+    for file in sorted(board.rglob("events.*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            for event in events.Scalars(name):
+                steps.setdefault(int(event.step), {"step": int(event.step)})[name] = event.value
+    return [steps[number] for number in sorted(steps)]
+
+
+@contextlib.contextmanager
+def cluster(log: Path) -> Iterator[str]:
+    """A Ray cluster of this machine, as `ray start` makes one; gives the address that jobs are submitted to.
+
+    Its folder is its own, so that no other run on this machine finds the cluster and joins it.
+    """
+    folder = tempfile.mkdtemp(prefix="rlplugins")  # short: paths of sockets are
+    ports = {name: str(free_port()) for name in ("port", "dashboard-port", "ray-client-server-port",
+                                                 "dashboard-agent-listen-port")}  # fmt: skip
+    flags = [word for name, port in ports.items() for word in (f"--{name}", port)]
+    command = [
+        beside_python("ray"),
+        "start",
+        "--head",
+        "--block",
+        "--include-dashboard",
+        "true",
+        "--temp-dir",
+        folder,
+        *flags,
+    ]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, env=launch.environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    STARTED.append(process)
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    started = time.monotonic()
+    while not answers(f"{address}/api/jobs/"):
+        assert process.poll() is None and time.monotonic() - started < SECONDS, log.read_text()
+        time.sleep(0.5)
+    try:
+        yield address
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(60)
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(family, 60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(address: str) -> bool:
+    """Whether something answers there."""
+    try:
+        with urllib.request.urlopen(address, timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def beside_python(name: str) -> str:
+    """A command of this environment."""
+    return str(Path(sys.executable).with_name(name))
 
 
 def imports(folder: Path) -> dict[int, set[str]]:
@@ -135,8 +205,7 @@ def install_probe(folder: Path) -> Path:
     """The plugin `openrlhf-probe` as an installed distribution inside `folder`."""
     information = folder / "rlplugins_openrlhf_probe-0.1.dist-info"
     information.mkdir(parents=True)
-    for probe in PROBES:
-        shutil.copy(probe, folder)
+    shutil.copy(PROBE, folder)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: rlplugins-openrlhf-probe\nVersion: 0.1\n")
     (information / "entry_points.txt").write_text(ENTRY)
     return folder

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from rlplugins.stack import StackConfig
 from rlplugins.testing.parity import STEPS, Case, Drawn, Result, add_request_columns, reference_of, weights_of
-from rlplugins_openrlhf import columns, worker
+from rlplugins_openrlhf import columns, settings, worker
 from rlplugins_openrlhf.columns import to_responses
+from rlplugins_openrlhf.engine import OpenRLHFEngine
 from rlplugins_openrlhf.pool import PoolPrompt
 from rlplugins_openrlhf.trainer import TrainingRun
 
 MODEL = "model"
+LEARNING_RATE = 1e-3
+WIDTH = 9
+"""Tokens of a response at most, as in `rlplugins.testing.parity`."""
 
 
 class _Read(BaseException):
@@ -67,7 +71,7 @@ def flags_of(case: Case, folder: Path, micro: int, ranks: int = 1) -> list[str]:
         "algo.advantage.estimator": "group_norm" if case.group_size > 1 else "flash_reinforce", "algo.kl.init_coef": "0",
         "vllm.num_engines": "1",
     } | {name: str(value) for name, value in (case.settings or {}).items()}  # fmt: skip
-    given = [word for name, value in words.items() for word in (f"--{name}", value) if word]
+    given = [word for name, value in words.items() for word in (f"--{name}", value.format(folder=folder)) if word]
     return [*given, "--data.apply_chat_template"]
 
 
@@ -85,6 +89,7 @@ class OpenRLHFSide:
     def __init__(self, folder: Path, case: Case, micro: int = 16, rank: int = 0, ranks: int = 1) -> None:
         from openrlhf.trainer.ppo_trainer import prepare_datasets
         from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+        from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
         from openrlhf.utils import get_strategy, get_tokenizer
 
         self.case, self.rank, self.ranks = case, rank, ranks
@@ -103,13 +108,13 @@ class OpenRLHFSide:
         maker.make_experience = self._passes
         loader = prepare_datasets(self.strategy, self.tokenizer)[0]
         trainer = SimpleNamespace(
-            samples_generator=SimpleNamespace(strategy=self.strategy, tokenizer=self.tokenizer, vllm_engines=[]),
-            experience_maker=maker, prompts_dataloader=loader, generate_kwargs={}, vllm_engines=[],
-            actor_model_group=None, critic_model_group=None, reference_model_group=None,
+            samples_generator=SamplesGenerator(self.strategy, loader, None, self.tokenizer, []),
+            experience_maker=maker, prompts_dataloader=loader, generate_kwargs={"max_new_tokens": WIDTH, "max_len": 64},
+            vllm_engines=[], actor_model_group=None, critic_model_group=None, reference_model_group=None,
         )  # fmt: skip
         self.run = Run(trainer, StackConfig.model_validate(dict(case.stack)))
-        self.run.engine = self  # type: ignore[assignment]
-        self.run.worker = bind_worker(self.run, self.updater)
+        self.run.engine = Engine(self.run, self)
+        self.run.worker, self.run.rank = bind_worker(self.run, self.updater), rank
         if not self.run.owns_loss:
             self.updater.actor_loss_fn = functools.partial(self._keep_loss, self.updater.actor_loss_fn)
         self.maker = maker
@@ -119,9 +124,13 @@ class OpenRLHFSide:
         )
 
     def _keep(self, original: Any, optimizer: Any, model: Any, scheduler: Any, **named: Any) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
         engine = model.model
         if engine.is_gradient_accumulation_boundary():
-            self.gradient = {name: item.grad.clone() for name, item in engine.module.named_parameters()}
+            self.gradient = {name: safe_get_full_grad(item).clone() for name, item in engine.module.named_parameters()}
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0  # of this step; OpenRLHF's schedule goes on
         original(optimizer, model, scheduler, **named)
 
     def _keep_loss(self, original: Any, *given: Any, dp_size: int, **named: Any) -> Any:
@@ -139,10 +148,11 @@ class OpenRLHFSide:
         """In the place of the passes on Ray actors: the step's old log-probs, and those of the reference."""
         from rlplugins_openrlhf.columns import to_sequences
 
+        assert self.run.rollouts is not None
         for sample in samples:
             rows = torch.tensor(sample.index)
             own = rows.clamp(max=len(self.old) - 1)
-            starts = torch.tensor([len(prompt) for prompt in self.drawn.prompts])[own]
+            starts = torch.tensor([len(prompt) for prompt in self.run.rollouts.prompts])[own]
             wide = sample.action_mask.shape[1]
             sample.action_log_probs = to_sequences(self.old[own], starts, wide) * sample.action_mask
             if self.case.reference:
@@ -176,19 +186,20 @@ class OpenRLHFSide:
         found = [to_responses(column, starts, width) * drawn.mask for column in (log_probs, output.entropy)]
         return found[0], found[1]
 
-    def log_probs(self, prompts: Any, responses: Tensor, mask: Tensor, *, policy: str = "current") -> Tensor:
-        """The engine's service, for hooks at the end of a step."""
-        nothing = torch.zeros(len(prompts), dtype=torch.int64)
-        drawn = Drawn(nothing, [list(prompt) for prompt in prompts], responses, mask, nothing, nothing, nothing)
-        return self.old_log_probs(drawn)[0]
+    def step(self, drawn: Drawn, number: int, old: Tensor, extended: Any = None) -> Result:
+        """Credit, update and end of one step, as the trainer's process and the ranks make it.
 
-    def step(self, drawn: Drawn, number: int, old: Tensor) -> Result:
-        """Credit, update and end of one step, as the trainer's process and the ranks make it."""
+        Args:
+            drawn: the rows.
+            number: of the step.
+            old: their old log-probs, and those of rows that are added.
+            extended: what `extend_rollouts` would make of rollouts.
+        """
         run, trainer = self.run, self.updater
         self.drawn, self.old, self.gradient, self.losses = drawn, old, {}, []
         run.done = number
         run.begin()
-        run.drawn = drawn
+        run.drawn, run.extended = drawn, extended
         samples = run.after_generation(samples_of(drawn, run))
         original = type(self.maker).make_experience_batch.__get__(self.maker)
         experiences = run.make_experiences(original, samples)
@@ -206,10 +217,11 @@ class OpenRLHFSide:
         rollouts = run.rollouts
         assert rollouts is not None
         run.end(credit)
+        mask = rollouts.mask
         found = {**run.stack.metrics.as_dict(), **status}
         loss = sum(status.get(name, 0.0) for name in worker.PARTS) if run.owns_loss else self._summed()
         return Result(
-            credit.advantages * drawn.mask, weights_of(credit, drawn.mask), float(loss), self.gradient,
+            credit.advantages * mask, weights_of(credit, mask), float(loss), self.gradient,
             {name: value for name, value in found.items() if name.startswith("rlplugins/")},
         )  # fmt: skip
 
@@ -218,7 +230,9 @@ class Run(TrainingRun):
     """The trainer's process, whose ranks are this process."""
 
     worker: Any
+    rank: int
     drawn: Drawn
+    extended: Any = None
     frame: Any = None
     entropies: dict[int, Tensor]
 
@@ -232,15 +246,47 @@ class Run(TrainingRun):
         return []
 
     def after_generation(self, samples: list[Any]) -> list[Any]:
-        """The rows as they were drawn: hooks that add some have tests of their own."""
+        """The rows as they were drawn, or what a test makes of them in the place of `extend_rollouts`."""
         columns.complete(samples)
-        self.rollouts = columns.to_rollouts(samples, self.pool, self.done)
-        add_request_columns(self.stack, self.rollouts, self.pool.prompts, self.drawn)
+        drawn = columns.to_rollouts(samples, self.pool.known([sample.prompts[0] for sample in samples]), self.done)
+        add_request_columns(self.stack, drawn, self.pool.prompts, self.drawn)
+        add_segments(self.stack, drawn)
+        self.rollouts = drawn
+        if self.extended is not None:
+            self.rollouts = self.extended(drawn)
+            return columns.samples_of(self.rollouts, drawn, samples)
         return samples
+
+    def gradients(self, asked: Any) -> Any:
+        """Of this rank, beside which the others run."""
+        return worker.gradient_products(self.worker, asked[self.rank])
 
     def make_passes(self, original: Any, samples_list: list[Any]) -> list[Any]:
         """The passes, whose entropies are there already."""
         return original(samples_list)  # type: ignore[no-any-return]
+
+
+class Engine(OpenRLHFEngine):
+    """The services of the engine, as far as they need no Ray."""
+
+    def __init__(self, run: Run, side: OpenRLHFSide) -> None:
+        super().__init__(run)
+        self.side = side
+
+    def log_probs(self, prompts: Any, responses: Tensor, mask: Tensor, *, policy: str = "current") -> Tensor:
+        """By this process alone."""
+        nothing = torch.zeros(len(prompts), dtype=torch.int64)
+        drawn = Drawn(nothing, [list(prompt) for prompt in prompts], responses, mask, nothing, nothing, nothing)
+        return self.side.old_log_probs(drawn)[0]
+
+
+def add_segments(stack: Any, rollouts: Any) -> None:
+    """Give the rows what `segment-po` writes on them in `extend_rollouts`: three segments with values, and no parents."""
+    if any(plugin.name == "segment-po" for plugin in stack.plugins):
+        rows = torch.arange(len(rollouts))
+        rollouts["segment_po_starts"] = torch.tensor([1, 3, 6]).repeat(len(rows), 1)
+        rollouts["segment_po_values"] = (0.37 * rows[:, None] + 0.21 * torch.arange(3)) % 1
+        rollouts["segment_po_parent"] = torch.full_like(rows, -1)
 
 
 def bind_worker(run: Run, trainer: Any) -> Any:
@@ -250,7 +296,11 @@ def bind_worker(run: Run, trainer: Any) -> Any:
     if isinstance(original, functools.partial):  # of the side before
         setattr(module, worker.WINDOWS, original.args[0])
     stub = SimpleNamespace(trainer=trainer, actor=trainer.actor)
-    binding = worker.Binding(run.stack.specification(), loss=run.owns_loss, entropy=run.keeps_entropy)
+    size = settings.micro_batch(run.args) if run.keeps_together else 0
+    forward = run.stack.claims("forward")
+    binding = worker.Binding(
+        run.stack.specification(), loss=run.owns_loss, entropy=run.keeps_entropy, forward=forward, whole=size
+    )
     answer = worker.bind(stub, binding)
     assert answer["fingerprint"] == run.stack.fingerprint
     return stub
@@ -269,10 +319,10 @@ def make_actor(args: Any, strategy: Any) -> Any:
 
 
 def make_trainer(strategy: Any, actor: Any) -> Any:
-    """OpenRLHF's trainer of the actor, with a learning rate of 0."""
+    """OpenRLHF's trainer of the actor."""
     from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
-    adam = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    adam = {"lr": LEARNING_RATE, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     plan = {
         "optim": "adam",
         "adam": adam,

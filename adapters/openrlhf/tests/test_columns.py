@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch, split_experience_batch
 
 from rlplugins.errors import DataError
+from rlplugins.rollouts import Rollouts, completed, concatenate
 from rlplugins.table import PromptTable
 from rlplugins_openrlhf import columns
-from rlplugins_openrlhf.pool import Pool, PoolPrompt, Request
+from rlplugins_openrlhf.pool import ELSEWHERE, Pool, PoolPrompt, Request
 from rlplugins_openrlhf.trainer import recut
 
 
@@ -43,8 +44,13 @@ def sample(place: int, prompt: int, response: int, reward: float | None = 1.0, t
     )  # fmt: skip
 
 
+def rollouts(samples: list[Experience], prompts: int = 4, version: int = 0) -> Rollouts:
+    """The rows of these samples."""
+    return columns.to_rollouts(samples, pool(prompts).known([sample.prompts[0] for sample in samples]), version)
+
+
 def test_rows_are_prompts_and_responses_with_the_columns_of_the_file() -> None:
-    rows = columns.to_rollouts([sample(1, 3, 4, 0.5, tool=3), sample(2, 2, 1, 1.0)], pool(), 7)
+    rows = rollouts([sample(1, 3, 4, 0.5, tool=3), sample(2, 2, 1, 1.0)], version=7)
     assert rows.prompts == [[1, 2, 3], [1, 2]]
     assert rows.responses.tolist() == [[4, 5, 6, 7], [3, 0, 0, 0]]
     assert rows.mask.tolist() == [[True, False, False, True], [True, False, False, False]]
@@ -79,7 +85,7 @@ def test_a_reward_that_failed_is_no_finite_reward() -> None:
 
 def test_rows_that_plugins_made_are_samples_of_their_own() -> None:
     samples = [sample(0, 3, 4), sample(1, 2, 3)]
-    drawn = columns.to_rollouts(samples, pool(), 0)
+    drawn = rollouts(samples)
     same = drawn.select(torch.tensor([1, 0, 0]))
     changed = replace(same, responses=same.responses.clone())
     changed.responses[2, 0] = 99
@@ -89,10 +95,36 @@ def test_rows_that_plugins_made_are_samples_of_their_own() -> None:
     assert made[2].action_mask.tolist() == [[0, 0, 1, 1, 1, 1]]
 
 
+def test_a_row_of_a_prompt_that_the_step_does_not_have_goes_on_as_itself() -> None:
+    samples = [sample(0, 3, 4), sample(1, 2, 3)]
+    drawn = rollouts(samples)
+    foreign = drawn.select(torch.tensor([1]))
+    foreign = replace(
+        foreign, prompt_keys=torch.tensor([77]), prompt_rows=torch.tensor([-1]), groups=torch.tensor([-1]),
+        prompts=[[8, 8, 8, 8]], responses=torch.tensor([[5, 2, 0, 0]]), mask=torch.tensor([[True, True, False, False]]),
+        kind=torch.ones(1, dtype=torch.int8), kinds=("policy", "expert"), scores=torch.zeros(1, 1), components=None,
+        columns=columns.Columns({columns.ROW: torch.tensor([-1])}),
+    )  # fmt: skip
+    extended = concatenate([drawn, completed(foreign, drawn)])
+    made = columns.samples_of(extended, drawn, samples)
+    assert made[0] is samples[0] and made[1] is samples[1]
+    assert made[2].prompts[0].position == ELSEWHERE and made[2].prompts[0] == ""
+    assert made[2].sequences.tolist() == [[8, 8, 8, 8, 5, 2]] and made[2].action_mask.tolist() == [[0, 0, 0, 1, 1]]
+    assert made[2].info["reward"].tolist() == made[2].info["score"].tolist() == made[2].rewards.tolist() == [0.0]
+    assert made[2].info["length"].tolist() == [0.0]  # its own component, not that of the row whose layout it took
+    assert set(made[2].info) == set(samples[0].info) and samples[0].info["length"].tolist() == [4.0]
+    assert extended.groups.tolist() == [0, 1, -1] and extended.kind.tolist() == [0, 0, 1]
+
+
+def test_no_samples_are_no_rows() -> None:
+    rows = rollouts([])
+    assert len(rows) == 0 and rows.responses.shape == (0, 1) and rows.groups.dtype == torch.int64
+
+
 def filled_step(sizes: list[int], multiple: int, micro: int) -> tuple[list[Experience], Any, Any]:
     """Experiences of OpenRLHF's micro-batches with the columns of an update, rows that fill them included."""
     samples = [sample(place, 2 + place % 2, size, float(place)) for place, size in enumerate(sizes)]
-    rows = columns.to_rollouts(samples, pool(len(sizes)), 0)
+    rows = rollouts(samples, len(sizes))
     whole = columns.filled(samples, multiple, 1)
     for place, row in enumerate(whole):
         row.index = [place]

@@ -12,6 +12,7 @@ import torch
 from openrlhf_runs import REPRODUCIBLE, SCRIPTED, OpenRLHFRun, end_all, imports, install_probe, notes_of, ours
 from safetensors.torch import load_file
 
+from rlplugins.testing.tiny import make_tokenizer
 from rlplugins_openrlhf.cpu import launch
 
 STACK = ("bnpo", "bapo", "d3s")
@@ -36,7 +37,10 @@ def with_probe(folder: Path) -> tuple[Path, Path, Path]:
     """A stack file of three plugins of the repository and the probe, its notes, and where the probe is installed."""
     notes = folder / "notes.jsonl"
     file = folder / "stack.yaml"
-    plugins = [*STACK, {"openrlhf-probe": {"log_file": str(notes)}}]
+    expert = {"prompt": [{"role": "user", "content": "70+1="}], "response": "71"}  # to a prompt that is not of the pool
+    (folder / "experts.jsonl").write_text(json.dumps(expert) + "\n")
+    options = {"log_file": str(notes), "demonstrations": str(folder / "experts.jsonl")}
+    plugins = [*STACK, {"openrlhf-probe": options}]
     file.write_text(json.dumps({"plugins": plugins}))
     return file, notes, install_probe(folder / "probe")
 
@@ -59,16 +63,20 @@ def test_every_hook_is_called_where_it_belongs_and_a_killed_run_goes_on(tmp_path
     check_prompts_and_rollouts(first)
     check_credit_and_update(first)
     check_asked(first)
+    check_given(first)
+    check_gradients(first, [metrics["train/actor_lr"] for metrics in run.metrics])
+    check_forward(first)
     state, table = plugin_state(run, 2)
-    assert state["step"] == 2 and state["states"]["openrlhf-probe"] == {"steps": 2, "validations": 1}
+    kept = state["states"]["openrlhf-probe"]
+    assert state["step"] == 2 and (kept["steps"], kept["validations"]) == (2, 1)
     assert state["states"]["d3s"]["progress_step"] == 2  # saved after the life hooks, and after the validation
     assert int(table["column/visits"].sum()) == 8
     assert [entry["step"] for entry in run.metrics if "train/policy_loss" in entry] == [1, 2]
     for metrics in run.metrics[:2]:
         assert math.isfinite(metrics["train/policy_loss"]) and metrics["train/actor_grad_norm"] > 0
         assert metrics["train/rlplugins/bapo/high"] > 1 > metrics["train/rlplugins/bapo/low"]
-        assert metrics["train/rlplugins/openrlhf-probe/rows"] == 17
-        assert metrics["train/rollouts/kept"] == pytest.approx(16 / 17)
+        assert metrics["train/rlplugins/openrlhf-probe/rows"] == 18
+        assert metrics["train/rollouts/kept"] == pytest.approx(16 / 18)
 
     resumed = OpenRLHFRun(tmp_path / "run", str(stack), flags, steps=STEPS, paths=[probe]).wait()
     assert [entry["step"] for entry in resumed.metrics if "train/policy_loss" in entry] == [3, 4]
@@ -76,7 +84,9 @@ def test_every_hook_is_called_where_it_belongs_and_a_killed_run_goes_on(tmp_path
     assert [entry["step"] for entry in both("on_step_end")] == [0, 1, 2, 3]
     assert [entry["steps"] for entry in both("on_step_end")] == [1, 2, 3, 4]  # nothing lost, nothing twice
     state, table = plugin_state(resumed, STEPS)
-    assert state["states"]["openrlhf-probe"] == {"steps": 4, "validations": 2}
+    kept = state["states"]["openrlhf-probe"]
+    assert (kept["steps"], kept["validations"]) == (4, 2) and set(kept["model"]) == {"w", "b"}
+    assert len({entry["missed"] for entry in both("on_step_end")}) == 4  # the plugin's model went on from where it was
     assert state["states"]["d3s"]["progress_step"] == 4
     assert int(table["column/visits"].sum()) == 16
 
@@ -101,10 +111,12 @@ def check_prompts_and_rollouts(seen: Any) -> None:
     hinted = [length for length, draw in zip(first["hinted"], first["drawn"], strict=True) if draw == 0]
     plain = [length for length, draw in zip(first["hinted"], first["drawn"], strict=True) if draw != 0]
     assert min(hinted) > max(plain)  # rewrite_prompts
-    prefixed = [size for size, draw in zip(first["prefix"], first["drawn"], strict=True) if draw == 1]
-    assert prefixed == [2] * 4 and sum(first["prefix"]) == 8
-    starts = [tokens for tokens, draw in zip(first["start"], first["drawn"], strict=True) if draw == 1]
-    assert len({tuple(tokens) for tokens in starts}) == 1  # all of them begin with the same forced text
+    starts: dict[int, list[list[int]]] = {}
+    for draw, size, tokens in zip(first["drawn"], first["prefix"], first["start"], strict=True):
+        assert size == (2 if draw in (1, 3) else 0)
+        starts.setdefault(draw, []).append(tokens)
+    assert len(starts[1]) == 4 and len({tuple(tokens) for tokens in starts[1]}) == 1  # the same forced text
+    assert starts[3] == [[30, 31]] * 2  # forced tokens
     assert [draw == 2 for draw in first["drawn"]] == first["steered"]  # process_logits, with each request's numbers
     assert first["names"] == ["right", "digits"] and min(first["difficulty"]) >= 0
     assert [set(entry["version"]) for entry in extended[:2]] == [{0}, {1}]
@@ -114,16 +126,20 @@ def check_prompts_and_rollouts(seen: Any) -> None:
 def check_credit_and_update(seen: Any) -> None:
     """What the hooks after the rollouts saw, and in which processes."""
     credit, ended = seen("shape_advantages")[0], seen("on_step_end")
-    assert credit["rows"] == 16 and credit["kind"].count(1) == 1  # an expert row came, one row went
-    assert credit["groups"].count(-1) == 1 and credit["entropy"] > 0
+    assert credit["rows"] == 16 and credit["kind"].count(1) == 2  # two expert rows came, two rows went
+    assert credit["groups"].count(-1) == 2 and credit["entropy"] > 0
     assert [entry["reference"] for entry in seen("shape_advantages")[:2]] == [0.0, 0.0]  # reference_policy: renewed
-    assert [entry["rows"] for entry in ended] == [17, 17] and [entry["missing"] for entry in ended] == [1, 1]
+    assert [entry["rows"] for entry in ended] == [18, 18] and [entry["missing"] for entry in ended] == [2, 2]
     assert all(entry["moved"] > 0 for entry in ended)  # after the update
+    assert ended[0]["missed"] > ended[1]["missed"] > 0  # by the plugin's own model
     assert [entry["validations"] for entry in seen("on_validation")] == [1]
     prepared, adapted, added = seen("prepare_mini_batch"), seen("adapt_advantages"), seen("auxiliary_loss")
-    assert [entry["rows"] for entry in prepared] == [8, 8, 8, 8]  # two optimiser steps of 8 rows in each step
-    assert len(adapted) == 8 and all(entry["entropy"] > 0 for entry in adapted)  # micro-batches of 4
-    assert {entry["rows"] for entry in added} == {8} and {entry["part"] for entry in added} == {4}
+    # in each step first the gradients of three advantages, then two optimiser steps of 8 rows
+    assert [entry["rows"] for entry in prepared] == [16, 16, 16, 8, 8] * 2
+    assert len(adapted) == 32 and all(entry["entropy"] > 0 for entry in adapted)  # micro-batches of 4
+    assert [entry["rows"] for entry in added] == [*[16] * 12, *[8] * 4] * 2 and {entry["part"] for entry in added} == {
+        4
+    }
     loop = {entry["pid"] for entry in ended + seen("extend_rollouts") + seen("allocate_rollouts")}
     update = {entry["pid"] for entry in prepared + adapted + added}
     assert len(loop) == 1 and len(update) == 1 and not loop & update
@@ -135,11 +151,51 @@ def check_asked(seen: Any) -> None:
     assert len(asked) == 2 and [set(entry["version"]) for entry in asked] == [{0}, {1}]
     for entry in asked:
         assert entry["keys"] == entry["wanted"] and entry["groups"] == [0, 0, 1] and set(entry["kind"]) == {0}
-        assert all(0 < length <= most for length, most in zip(entry["lengths"], [4, 5, 7], strict=True))
-        assert entry["prefix"] == [0, 0, 2]  # continued from the forced beginning
+        assert all(0 < length <= most for length, most in zip(entry["lengths"], [4, 5, 2 + 7], strict=True))
+        assert entry["prefix"] == [0, 0, 2] and entry["beginning"] == [30, 31]  # continued from the given tokens
         assert all(math.isfinite(score) for score in entry["scores"]) and entry["unscored"]
         assert entry["difference"] < 0.1  # drawn with the policy's present weights
         assert entry["greedy"][0] == entry["greedy"][1]
+
+
+def check_given(seen: Any) -> None:
+    """The responses that the probe brought, one of them longer than a response may be."""
+    tokenizer, given = make_tokenizer(), seen("engine.given")
+    assert len(given) == 2
+    for entry in given:
+        label, sevens = (tokenizer(text, add_special_tokens=False).input_ids for text in (entry["label"], "7" * 16))
+        assert entry["keys"] == entry["wanted"] and entry["drawn"] == 0 and entry["lengths"] == [len(label) + 1, 16]
+        assert entry["responses"][0][: len(label) + 1] == [*label, tokenizer.eos_token_id]
+        assert entry["responses"][1] == sevens
+        digits = len(label) / len(f"{entry['label']}<|end|>")  # as the reward function sees the response
+        assert entry["components"] == [pytest.approx([1.0, digits]), [0.0, 1.0]]
+        assert entry["scores"] == pytest.approx([0.5 * (1 + digits), 0.5])
+        assert entry["unscored"] and entry["tokens"] == [2, 2]
+
+
+def check_gradients(seen: Any, rates: list[float]) -> None:
+    """What the engine said of the gradients of two advantages."""
+    asked = seen("engine.gradient_products")
+    assert len(asked) == 2 and asked[1]["learning_rate"] == pytest.approx(rates[0])  # logged after the last step
+    assert asked[0]["learning_rate"] == pytest.approx(1e-4)
+    for entry in asked:
+        (first, mixed), (other, second) = entry["products"]
+        assert mixed == other and mixed**2 < first * second
+        assert [first, second] == pytest.approx([norm**2 for norm in entry["norms"]])
+        assert 0 < entry["part"] < first and entry["length"] == pytest.approx(entry["norms"][0])
+
+
+def check_forward(seen: Any) -> None:
+    """Which passes the probe's `forward` served."""
+    passes, update = seen("forward"), {entry["pid"] for entry in seen("prepare_mini_batch")}
+    served = {(entry["pid"] in update, entry["model"], entry["backward"], entry["training"]) for entry in passes}
+    assert served == {
+        (True, "DeepSpeedEngine", False, False),  # old log-probs, and those that the engine gives
+        (True, "DeepSpeedEngine", True, True),  # the update
+        (True, "Qwen2ForCausalLM", True, True),  # products of gradients
+        (False, "DeepSpeedEngine", False, False),  # the reference
+    }
+    assert len({entry["pid"] for entry in passes}) == 2
 
 
 def test_a_stack_that_cannot_run_ends_before_ray_starts(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from openrlhf_runs import REPRODUCIBLE, SCRIPTED, OpenRLHFRun, end_all
+from openrlhf_runs import REPRODUCIBLE, SCRIPTED, OpenRLHFRun, beside_python, cluster, end_all, metrics_of
 
 from rlplugins_openrlhf.cpu import launch, tiny
 
@@ -55,8 +55,8 @@ def test_a_critic_learns_what_the_stack_says(tmp_path: Path) -> None:
     assert len(steps) == 2 and all(math.isfinite(entry["train/critic_loss"]) for entry in steps)
 
 
-def test_two_ranks_and_unequal_groups(tmp_path: Path) -> None:
-    run = OpenRLHFRun(tmp_path / "run", "knapsack,bapo", steps=3, ranks=2).wait()
+def test_two_ranks_and_unequal_groups_whose_prompts_are_computed_once(tmp_path: Path) -> None:
+    run = OpenRLHFRun(tmp_path / "run", "knapsack,bapo,prefix-grouper", steps=3, ranks=2).wait()
     assert len([entry for entry in run.metrics if "train/policy_loss" in entry]) == 3
 
 
@@ -72,3 +72,30 @@ def test_a_study_through_openrlhf(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | launch.environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "runs").rglob("result.json"))) == 2
+
+
+def test_a_job_of_a_ray_cluster(tmp_path: Path) -> None:
+    """As OpenRLHF's own examples start it: the stack file travels with the working directory. The loss is OpenRLHF's own."""
+    folder, working = tiny.write(tmp_path / "run"), tmp_path / "working"
+    working.mkdir()
+    (working / "stack.yaml").write_text("plugins: [bnpo, prefix-grouper]\n")
+    words = launch.command(folder, "./stack.yaml", ["--logger.tensorboard_dir", str(folder / "board")], steps=2)
+    entry = [beside_python("rlplugins"), "openrlhf", *words[words.index("train_ppo_ray") :]]
+    with cluster(tmp_path / "cluster.log") as address:
+        submit = [
+            beside_python("ray"),
+            "job",
+            "submit",
+            "--address",
+            address,
+            "--working-dir",
+            str(working),
+            "--",
+            *entry,
+        ]
+        done = subprocess.run(submit, capture_output=True, text=True, env=launch.environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [entry for entry in metrics_of(folder / "board") if "train/policy_loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2]
+    assert all(math.isfinite(entry["train/policy_loss"]) and entry["train/actor_grad_norm"] > 0 for entry in steps)
+    assert "rlplugins: bnpo(" in done.stdout and "prefix-grouper(" in done.stdout

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlplugins import Plugin, hookimpl, logits
+from rlplugins import Plugin, hookimpl, logits, needs
 from rlplugins.errors import ConfigurationError, StackError, StateError
 from rlplugins.registry import make_builtin
 from rlplugins.rollouts import Requests, Sampling
@@ -260,6 +260,65 @@ def test_flags_that_keep_groups_are_accepted_but_for_groups_that_may_grow() -> N
         built(flags(**KL), "p3o", "knapsack")
 
 
+def test_a_need_that_a_plugin_can_do_without_refuses_nothing() -> None:
+    class Prefers(Plugin):
+        name = "prefers"
+        needs = (needs.together("prompt").optional(),)
+
+    for changes, kept in (
+        ({}, True),
+        ({"train__micro_batch_size": 2}, True),  # smaller than a group
+        ({"train__micro_batch_size": 3, "train__batch_size": 18}, True),
+        ({"train__batch_size": 12}, False),  # OpenRLHF leaves rows out of the last micro-batch
+        ({"train__dynamic_batch_enable": True}, False),
+    ):
+        args = flags(**changes)
+        stack = Stack([Prefers()], trainer=settings.declare(args))
+        assert settings.refusals(args, stack) == [] and settings.keeps_together(args, stack) is kept
+        assert not settings.must_keep_together(stack) and not settings.owns_loss(stack)
+    grown = Stack([Prefers(), "knapsack"], trainer=settings.declare(flags()))
+    assert settings.refusals(flags(), grown) == []  # groups may grow beyond a micro-batch
+
+
+NO_GRADIENTS = {
+    "ds__zero_stage": 3, "ds__ring_attn_size": 2, "ds__tensor_parallel_size": 2, "ds__lora__rank": 8, "ds__load_in_4bit": True,
+    "ds__param_dtype": "fp16", "ds__deepcompile": True, "data__max_images_per_prompt": 1, "train__async_enable": True,
+    "actor__gradient_checkpointing_reentrant": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_GRADIENTS)
+def test_gradients_are_given_where_they_can_be_taken(name: str) -> None:
+    class Asks(Plugin):
+        name = "asks"
+        needs = (needs.GRADIENTS, needs.TRAINABLE_MODEL)
+
+    args = flags(actor__gradient_checkpointing_enable=True, **{name: NO_GRADIENTS[name]})
+    with pytest.raises(StackError, match="asks needs loss gradients before the update") as refused:
+        Stack([Asks()], trainer=settings.declare(args))
+    assert f"--{name.replace('__', '.')}" in str(refused.value) and "trainable" not in str(refused.value)
+    stack = Stack([Asks()], trainer=settings.declare(flags(actor__gradient_checkpointing_enable=True)))
+    assert settings.owns_loss(stack)  # which it asks about
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ds__ring_attn_size", 2), ("ds__tensor_parallel_size", 2), ("actor__aux_loss_coef", 0.1),
+     ("data__max_images_per_prompt", 1)],
+)  # fmt: skip
+def test_a_forward_of_a_plugin_gets_whole_sequences_of_text(name: str, value: Any) -> None:
+    class Forward(Plugin):
+        name = "forward"
+
+        @hookimpl
+        def forward(self, model: Any, batch: Any, temperature: float) -> Any: ...
+
+    stack = Stack([Forward()], trainer=settings.declare(flags()))
+    assert settings.refusals(flags(), stack) == [] and not settings.owns_loss(stack)
+    refused = settings.refusals(flags(**{name: value}), stack)
+    assert len(refused) == 1 and refused[0].startswith(f"--{name.replace('__', '.')}")
+
+
 def test_micro_batches_are_filled_with_whole_units_and_then_with_rows_that_count_nowhere() -> None:
     from rlplugins_openrlhf.trainer import whole
 
@@ -281,6 +340,9 @@ def test_the_buffer_gives_whole_micro_batches_in_every_step() -> None:
     buffer.items = list("gh")
     worker.keep_whole(buffer, 2)
     assert buffer.dynamic_indices == [[0, 1]]
+    buffer.items = list("ijk")
+    worker.keep_whole(buffer, 2)
+    assert buffer.dynamic_indices == [[0, 1]]  # as OpenRLHF's loader leaves rows out
 
 
 def test_the_rule_for_logits_is_among_the_options_of_every_engine() -> None:
@@ -311,7 +373,7 @@ def test_a_request_takes_its_numbers_where_the_engine_has_a_rule() -> None:
     sampling = Sampling.of(2, 1.0, 5)
     sampling.numbers["hapo_token"] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     for numbers in (False, True):
-        made = [row[0].sampling for row in rollout.requests_of(plain, plain, sampling, {}, numbers=numbers)]
+        made = [row[0].sampling for row in rollout.requests_of(plain, sampling, {}, numbers=numbers)]
         found = [logits.numbers_of(parameters or {}) for parameters in made]
         assert found == ([{"hapo_token": [1.0, 2.0]}, {"hapo_token": [3.0, 4.0]}] if numbers else [{}, {}])
 
