@@ -233,8 +233,12 @@ class SegmentPo(Plugin):
         """The value after a segment minus the value before it; 0 on tokens that the policy was sure of."""
         values = rollouts[VALUES]
         assert isinstance(values, Tensor)
-        advantages = segment_advantages(values, rewards, segments)
-        return torch.where(self.token_prob(rollouts, mask) > self.threshold, 0.0, advantages)
+
+        def of_block(values: Tensor, rewards: Tensor, segments: Tensor, log_probs: Tensor) -> Tensor:
+            advantages = segment_advantages(values, rewards, segments)
+            return torch.where(log_probs.exp() > self.threshold, 0.0, advantages)
+
+        return ops.by_blocks(of_block, values, rewards, segments, self.drawn_log_probs(rollouts, mask))
 
     # tree
 
@@ -323,14 +327,19 @@ class SegmentPo(Plugin):
 
     # both
 
-    def token_prob(self, rollouts: Rollouts, mask: Tensor) -> Tensor:
-        """pi_t, (B, T): probability of each token under the policy that drew it, from the old log-probs."""
+    def drawn_log_probs(self, rollouts: Rollouts, mask: Tensor) -> Tensor:
+        """log pi_t, (B, T), under the policy that drew the token: the old log-probs."""
         assert rollouts.old_log_probs is not None
         log_probs = rollouts.old_log_probs.float()
         if self.buffered:
             edges = of_width(rollouts[LOG_PROBS], mask.shape[1])
             log_probs = torch.where(rollouts.of_kind(KIND)[:, None], edges, log_probs)
-        return log_probs.exp()
+        return log_probs
+
+    def unsure(self, rollouts: Rollouts, mask: Tensor) -> Tensor:
+        """The policy's own tokens with pi_t below the threshold, (B, T) bool."""
+        log_probs = self.drawn_log_probs(rollouts, mask)
+        return ops.by_blocks(lambda log_probs, mask: mask & (log_probs.exp() < self.threshold), log_probs, mask)
 
     def trained(self, rewards: Tensor, groups: Tensor, rollouts: Rollouts) -> Tensor:
         """Rows that have an advantage, (B,) bool: in a tree the edges that change the value and have tokens."""
@@ -348,14 +357,14 @@ class SegmentPo(Plugin):
         rows = self.trained(rewards, groups, rollouts)[:, None]
         W = mask & rows
         if self.probability_mask:
-            unsure = W & (self.token_prob(rollouts, mask) < self.threshold)
+            unsure = W & self.unsure(rollouts, mask)
             W = unsure if bool(unsure.any()) else W
         return torch.where(rows, whitened(advantages, W), advantages)
 
     @hookimpl(when=lambda self: self.probability_mask)
     def select_tokens(self, rollouts: Rollouts, mask: Tensor, log: Log) -> Tensor:
         """The probability mask."""
-        unsure = mask & (self.token_prob(rollouts, mask) < self.threshold)
+        unsure = self.unsure(rollouts, mask)
         log("unsure", unsure.sum() / mask.sum().clamp(min=1))
         return ops.as_numbers(unsure)
 
@@ -414,10 +423,14 @@ def segments_of(starts: Tensor, mask: Tensor) -> Tensor:
         starts: (B, C) int64, places counted from 1; 0: none.
         mask: (B, T) bool.
     """
-    tokens = mask.shape[1]
-    begins = torch.zeros((len(mask), tokens + 1), dtype=torch.bool, device=mask.device)
-    begins.scatter_(1, torch.where(starts > tokens, 0, starts), True)
-    return torch.where(mask, begins[:, 1:].cumsum(1) - 1, -1)
+
+    def of_block(starts: Tensor, mask: Tensor) -> Tensor:
+        tokens = mask.shape[1]
+        begins = torch.zeros((len(mask), tokens + 1), dtype=torch.bool, device=mask.device)
+        begins.scatter_(1, torch.where(starts > tokens, 0, starts), True)
+        return torch.where(mask, begins[:, 1:].cumsum(1) - 1, -1)
+
+    return ops.by_blocks(of_block, starts, mask)
 
 
 def segment_advantages(cut_values: Tensor, score: Tensor, segments: Tensor) -> Tensor:
@@ -672,12 +685,22 @@ def whitened(values: Tensor, counted: Tensor) -> Tensor:
         values: A, (B, 1), which stands for each token of its row, or (B, T).
         counted: (B, T) bool.
     """
-    times = ops.as_numbers(counted, torch.float64)
-    times = times.sum(1, keepdim=True) if values.shape[1] == 1 else times
-    count = times.sum()
+
+    def moments(A: Tensor, counted: Tensor, centre: Tensor) -> Tensor:
+        """Per row how many tokens count, and the sums of A - centre and of its square over them, (b, 3)."""
+        times = ops.as_numbers(counted, torch.float64)
+        times = times.sum(1, keepdim=True) if A.shape[1] == 1 else times
+        A = A.double() - centre
+        return torch.stack([times.sum(1), (A * times).sum(1), (A.square() * times).sum(1)], 1)
+
+    def of_rows(centre: Tensor) -> Tensor:
+        each = centre.expand(len(values), 1)
+        return ops.by_blocks(moments, values, counted, each).sum(0)
+
+    zero = torch.zeros((1, 1), dtype=torch.float64, device=values.device)
+    count, total, _ = of_rows(zero)
     if count < 2:
         return values
-    A = values.double()
-    mean = (A * times).sum() / count
-    variance = ((A - mean).square() * times).sum() / (count - 1)
-    return ((A - mean) * torch.rsqrt(variance + EPS)).to(values.dtype)
+    mean = total / count
+    spread = torch.rsqrt(of_rows(mean.view(1, 1))[2] / (count - 1) + EPS)
+    return ops.by_blocks(lambda A: ((A.double() - mean) * spread).to(values.dtype), values)
