@@ -88,6 +88,10 @@ class Writer:
         """The rows of responses that were written as numbers."""
         return self.rows(requests, torch.tensor([[int(token) for token in text.split()] for text in responses]))
 
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The characters as numbers."""
+        return [" ".join(map(str, row)) for row in rollouts.responses.tolist()]
+
     def rows(self, requests: Requests, tokens: Tensor) -> Rollouts:
         """Scored rows."""
         problem = requests.prompts.rows[requests.prompt]
