@@ -37,6 +37,7 @@ class Method:
         update: columns that its loss reads beside the mask, the log-probs and the old log-probs.
         entropy_gradient: whether a gradient goes to the current entropy.
         options: of the plugin.
+        columns: what its `extend_rollouts` writes of each row, the same for all.
         group_size: responses per prompt.
     """
 
@@ -45,6 +46,7 @@ class Method:
     update: tuple[str, ...] = ()
     entropy_gradient: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
     group_size: int = RESPONSES // GROUPS
 
 
@@ -52,7 +54,10 @@ METHODS: dict[str, Method] = {
     "aepo": Method(),
     "bapo": Method(),
     "bnpo": Method(),
+    "chord": Method(),
+    "critique-grpo": Method(),
     "d3s": Method(credit=("entropy",), advantages=True),
+    "dynamic-reward-weighting": Method(options={"weights": {"first": 0.5, "second": 0.5}}),
     "epo": Method(credit=("entropy",), update=("entropy",), entropy_gradient=True),
     "grpo-d": Method(update=("ref_log_probs",)),
     "gtpo": Method(credit=("entropy",), advantages=True),
@@ -61,7 +66,9 @@ METHODS: dict[str, Method] = {
     "hbpo": Method(),
     "knapsack": Method(),
     "p3o": Method(credit=("old_log_probs", "ref_log_probs")),
+    "pcl": Method(),
     "pf-ppo": Method(),
+    "prefix-grouper": Method(),
     "rank-grpo": Method(
         credit=("responses",), advantages=True, options={"n_ranks": 3, "separators": {5: 1}, "end_tokens": [1]}
     ),
@@ -69,6 +76,12 @@ METHODS: dict[str, Method] = {
     "riskpo": Method(),
     "scaf-grpo": Method(),
     "sec": Method(),
+    "segment-po": Method(
+        credit=("old_log_probs",),
+        advantages=True,
+        update=("ref_log_probs",),
+        columns={"segment_po_starts": [1, 512], "segment_po_values": [0.25, 0.5]},
+    ),
     "spo": Method(group_size=1),
     "stratified-grpo": Method(),
 }
@@ -118,13 +131,17 @@ def traffic(reads: Iterable[Tensor], writes: int) -> Callable[[], None]:
 def opened(slug: str, rollouts: Rollouts) -> tuple[Stack, Rollouts]:
     method = METHODS[slug]
     plugins: list[Entry] = [{slug: method.options}]
-    stack = start(plugins, pool=make_pool(RESPONSES), group_size=method.group_size, trainer=None)
+    pool = make_pool(RESPONSES, {"demonstration": ["an answer"] * RESPONSES})
+    stack = start(plugins, pool=pool, group_size=method.group_size, trainer=None)
     if method.group_size == 1:
         rollouts = rollouts.select(torch.arange(RESPONSES))
         rollouts.groups = torch.arange(RESPONSES)
     each = RESPONSES // GROUPS
     requests = stack.rewrite_prompts(Requests.of(make_pool(GROUPS), torch.full((GROUPS,), each)))
-    return stack, replace(rollouts, columns=requests.columns)
+    rows = replace(rollouts, columns=requests.columns)
+    for name, values in method.columns.items():
+        rows[name] = torch.tensor([values]).repeat(RESPONSES, 1)
+    return stack, rows
 
 
 @pytest.mark.parametrize("slug", SLUGS)
