@@ -27,7 +27,7 @@ class VerlAdapter:
         return Trainer(
             name="verl",
             binds=frozenset(HOOKS) - settings.UNBOUND,
-            provides=frozenset(settings.provides("sync")) | {"validation_every_step", "together"},
+            provides=frozenset(settings.provides("sync")) | {"validation_every_step", "together", "gradients"},
             columns=None,
             remedies=settings.REMEDIES,
         )

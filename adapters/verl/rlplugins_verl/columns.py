@@ -54,6 +54,11 @@ def as_list(column: Any) -> list[Any]:
     return [getattr(item, "data", item) if type(item).__name__.startswith("NonTensor") else item for item in items]
 
 
+def values_of(column: Any) -> list[Any]:
+    """A stored column as a list with one entry per row."""
+    return list(column.unbind()) if isinstance(column, Tensor) else as_list(column)
+
+
 def flattened(row: Mapping[str, Any]) -> dict[str, Any]:
     """The data columns of a row: its own, and what stands in `extra_info` and `reward_model`."""
     found = {}
@@ -115,6 +120,16 @@ def to_rollouts(
         prefix=prefix_of(extra, mask),
         columns=Columns(columns | written, frozenset(written)),
     )
+
+
+def no_rows(*, keep_log_probs: bool = False) -> Rollouts:
+    """Rollouts without rows."""
+    none, tokens = torch.zeros(0, dtype=torch.int64), torch.zeros((0, 1))
+    return Rollouts(
+        prompt_keys=none, prompt_rows=none, groups=none, prompts=[], responses=tokens.long(), mask=tokens.bool(),
+        scores=tokens, kind=none.to(torch.int8), version=none, rollout_log_probs=tokens if keep_log_probs else None,
+        columns=Columns({KEY: []}),
+    )  # fmt: skip
 
 
 def _version(extra: Mapping[str, Any], otherwise: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 
 from rlplugins import bindings
 from rlplugins.errors import ConfigurationError
 from rlplugins_verl import settings
-from rlplugins_verl.bindings import POINTS, VLLM_POINTS
+from rlplugins_verl.bindings import CALLS, POINTS, VLLM_POINTS
 
 
 def report() -> tuple[str, bool]:
@@ -28,7 +29,11 @@ def report() -> tuple[str, bool]:
             found_points, same = bindings.report(points, bindings.package(name))
             lines += found_points
             well = well and same
-    for name, problem in (("verl.plugins", entry_point()), ("TransferQueue", queue()), ("trainers", registered())):
+    canaries = {
+        "verl.plugins": entry_point(), "TransferQueue": queue(), "trainers": registered(),
+        "calls": missing_calls(bindings.package("verl")),
+    }  # fmt: skip
+    for name, problem in canaries.items():
         well = well and not problem
         lines.append(f"  {'FAIL ' if problem else 'ok   '} canary    {name}{f': {problem}' if problem else ''}")
     return "\n".join(lines), well
@@ -57,6 +62,16 @@ def entry_point() -> str:
 def queue() -> str:
     """What verl's default trainer needs and does not require."""
     return "not installed: pip install TransferQueue" if _version("TransferQueue") == "not installed" else ""
+
+
+def missing_calls(root: Path) -> str:
+    """Calls that verl's own functions no longer make."""
+    missing = []
+    for file, name, call in CALLS:
+        path = root / file
+        if call not in bindings.source(path.read_text(encoding="utf-8") if path.is_file() else "", name):
+            missing.append(f"{file}:{name} no longer has {call.rstrip('(')}")
+    return "; ".join(missing)
 
 
 def registered() -> str:

@@ -6,6 +6,7 @@ overrides one of `PPOTrainer` and calls it, or is called by such a method; the o
     on_step_begin       the step opens
     _next_train_batch   prompts are chosen, counted, rewritten
     _after_generation   rows are added and dropped, while the engine is still awake
+    _balance_batch      rows of a prompt are put together for the passes before the update, if `forward` gains by it
     _compute_advantage  credit, when all log-prob passes are there
     _update_actor       columns and shared values go to the workers, their metrics come back
     on_step_end         weights are synchronised, plugins change their state
@@ -111,7 +112,7 @@ class WithPlugins:
         self.owns_critic = False
         self.chooses = stack.claims("choose_prompts") or stack.claims("prompt_weights")
         self.rewrites = stack.claims("rewrite_prompts") or stack.claims("sampling_params")
-        self.keeps_units = stack.needs("together") and not settings.why_apart(config)
+        self.keeps_units = stack.needs("together")
         self.ahead = self.mode != "sync"
 
     # making
@@ -279,6 +280,33 @@ class WithPlugins:
             extra_info=batch.extra_info,
         )  # fmt: skip
 
+    # passes
+
+    def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The batch, filled up; in the order of its prompts where a plugin's `forward` computes what they share."""
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)  # type: ignore[misc]
+        rollouts = self.rollouts
+        if not (self.keeps_units and self.stack.claims("forward") and rollouts is not None and len(rollouts)):
+            return batch
+        units = self._units(batch, units_of(self.stack, rollouts, rollouts.groups))
+        fields = rows_of_verl.stored({together.UNIT: list(units[:, None].unbind())}, len(units))
+        there = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+        there.extra_info = batch.extra_info
+        self._deal(there, units, mini_batches=1)
+        return there
+
+    def _units(self, batch: Any, units: Tensor) -> Tensor:
+        """(N,) int64 of all rows of the batch, from those of the rollouts; a row that fills the batch is alone."""
+        assert self.rollouts is not None
+        numbers = dict(zip(self.rollouts.columns[KEY], units.tolist(), strict=True))
+        return torch.tensor([numbers.get(key, -1 - row) for row, key in enumerate(batch.keys)])
+
+    def _deal(self, batch: Any, units: Tensor, mini_batches: int) -> None:
+        """Put the batch in an order in which every rank gets whole units (N,) in every mini-batch."""
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        whole = settings.needs_whole_units(self.stack)
+        batch.reorder(together.dealt(units, ranks, mini_batches, whole=whole))
+
     # credit
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -294,9 +322,7 @@ class WithPlugins:
         if self.owns_credit:
             self.credit = self.stack.credit(self.rollouts, self.engine)
         else:
-            advantages = padded(stored["advantages"], self.rollouts.mask.shape[1]) * self.rollouts.mask
-            groups = self.rollouts.groups
-            self.credit = Credit(self.rollouts.scores, groups, None, advantages, None, None, None)
+            self.credit = credit_of_verl(self.rollouts, stored["advantages"])
         fields = self._fields(batch, keys)
         if fields is None:
             return batch
@@ -306,24 +332,25 @@ class WithPlugins:
         """What the workers need of the credit, for all rows of the batch, those that fill it included."""
         assert self.rollouts is not None and self.credit is not None
         found: dict[str, list[Any]] = {}
-        if self.owns_credit:
-            sizes = dict(zip(batch.keys, [int(tag["response_len"]) for tag in batch.tags], strict=True))
-            found |= for_verl(self.rollouts, self.credit, [sizes[key] for key in keys], excluded=not self.owns_loss)
+        alone = bool((self.rollouts.groups < 0).any())
+        if self.owns_credit or alone:
+            lengths = dict(zip(batch.keys, [int(tag["response_len"]) for tag in batch.tags], strict=True))
+            sizes = [lengths[key] for key in keys]
+            given = for_verl(self.rollouts, self.credit, sizes, excluded=not self.owns_loss)
+            found |= given if self.owns_credit else {"advantages": given["advantages"]}
         if self.owns_loss or self.owns_critic:
             packed, self.packing = rows_of_verl.pack(self.stack.update_columns(self.rollouts, self.credit))
             found |= packed
             found[REAL] = list(torch.ones((len(keys), 1)).unbind())
-        if self.keeps_units:
-            found[together.UNIT] = list(self._units()[:, None].unbind())
-        if not found:
-            return None
         place = {key: row for row, key in enumerate(keys)}
         fill = {name: rows_of_verl.filler(values) for name, values in found.items()}
         complete = {
             name: [values[place[key]] if key in place else fill[name] for key in batch.keys]
             for name, values in found.items()
         }
-        return rows_of_verl.stored(complete, len(batch.keys))
+        if self.keeps_units:
+            complete[together.UNIT] = list(self._update_units(batch)[:, None].unbind())
+        return rows_of_verl.stored(complete, len(batch.keys)) if complete else None
 
     # update
 
@@ -339,19 +366,10 @@ class WithPlugins:
         yield
         batch.extra_info.pop(worker.FRAME, None)
 
-    def _units(self) -> Tensor:
-        """(B,) int64, equal for rows that stay together."""
+    def _update_units(self, batch: Any) -> Tensor:
+        """(N,) int64, equal for rows that stay together in the update."""
         assert self.rollouts is not None and self.credit is not None
-        return units_of(self.stack, self.rollouts, self.credit.groups)
-
-    def _deal(self, batch: Any) -> None:
-        """Put the batch in an order in which every rank gets whole units in every mini-batch."""
-        assert self.rollouts is not None
-        units = dict(zip(self.rollouts.columns[KEY], self._units().tolist(), strict=True))
-        each = torch.tensor([units.get(key, -1 - row) for row, key in enumerate(batch.keys)])
-        size = int(self.config.actor_rollout_ref.actor.ppo_mini_batch_size) * settings.group_size(self.config)
-        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-        batch.reorder(together.dealt(each, ranks, len(each) // size))
+        return self._units(batch, units_of(self.stack, self.rollouts, self.credit.groups))
 
     def _update_critic(self, batch: Any, metrics: dict[str, Any]) -> Any:
         with self._framed(batch, self.owns_critic):
@@ -359,7 +377,8 @@ class WithPlugins:
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.keeps_units and len(self.rollouts or ()):
-            self._deal(batch)
+            size = int(self.config.actor_rollout_ref.actor.ppo_mini_batch_size) * settings.group_size(self.config)
+            self._deal(batch, self._update_units(batch), len(batch.keys) // size)
         with self._framed(batch, self.owns_loss):
             batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
         found = worker.decoded(metrics, "actor/")
@@ -479,6 +498,13 @@ def with_passes(rollouts: Rollouts, stored: Mapping[str, Any], stack: Stack) -> 
         if stack.needs("column", name) or stack.takes(name):
             found[name] = column(source)
     return replace(rollouts, **found)
+
+
+def credit_of_verl(rollouts: Rollouts, advantages: Any) -> Credit:
+    """What verl's own estimator made of the rows; none of those without a group, which it takes for groups of one."""
+    dense = padded(advantages, rollouts.mask.shape[1]) * rollouts.mask
+    own = torch.where((rollouts.groups < 0)[:, None], 0.0, dense)
+    return Credit(rollouts.scores, rollouts.groups, None, own, None, None, None)
 
 
 def for_verl(rollouts: Rollouts, credit: Credit, sizes: Sequence[int], *, excluded: bool) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""The engine of verl as a service to hooks: generation through its agent loops, log-probs through its workers."""
+"""The engine of verl as a service to hooks: generation through its agent loops, log-probs and gradients through its workers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import transfer_queue as tq
 from torch import Tensor
 
-from rlplugins.errors import ServiceError
-from rlplugins.rollouts import Requests, Rollouts, Sampling
-from rlplugins_verl.columns import PLACE, PROMPT, REQUESTS, order_of, padded, stored, to_rollouts
+from rlplugins.errors import RlpluginsError, ServiceError
+from rlplugins.rollouts import Columns, Requests, Rollouts, Sampling, take, texts_of
+from rlplugins.services import Gradients
+from rlplugins_verl import gradients
+from rlplugins_verl.columns import KEY, PLACE, PROMPT, REQUESTS, no_rows, order_of, padded, stored, to_rollouts
 from rlplugins_verl.pool import POSITION
-from rlplugins_verl.rollout import AGENT, INNER, requests_of
+from rlplugins_verl.rollout import AGENT, GIVEN, INNER, SCORED, requests_of
 from rlplugins_verl.settings import ranks
 
 PARTITION = "val"
@@ -46,44 +49,64 @@ class VerlEngine:
         self, requests: Requests, sampling: Sampling | None = None, *, score: bool = True, greedy: bool = False
     ) -> Rollouts:
         """Draw one response per request from the current policy and score it; see `rlplugins.services.Engine`."""
+        if requests.prompts.columns.get(POSITION) is None:
+            raise ServiceError("only prompts of the data set can be generated from: take them from `requests.prompts`")
         trainer = self._trainer
         sampling = sampling or trainer.sampling(len(requests))
         if greedy:
             sampling = replace(sampling, temperature=torch.zeros_like(sampling.temperature))
-        batch, uids = self._batch(requests, sampling)
+        single = _one_each(requests)
+        made = requests_of(_plain(requests), single, sampling, numbers=trainer.stack.claims("process_logits"))
+        top_k = int(trainer.config.actor_rollout_ref.rollout.top_k)
+        for items in made:
+            items[0]["sampling"]["top_k"] = top_k  # validation would set its own
+        return self._responses(requests, made, score)
+
+    def given(self, requests: Requests, responses: Sequence[str], *, score: bool = True) -> Rollouts:
+        """Rows of responses that something else has written; see `rlplugins.services.Engine`.
+
+        verl's own agent loop makes them: it tokenises the prompt and asks for a response, which is there already. A prompt that
+        is not of the data set takes the place of one that is.
+        """
+        known = requests.prompts.columns.get(POSITION) is not None
+        if score and not known:
+            raise ServiceError("only prompts of the data set can be scored: take them from `requests.prompts`")
+        single = replace(_one_each(requests), prefixes=[""] * len(requests))
+        plain = _plain(requests) if known else replace(requests, texts=[None] * len(requests))
+        made = requests_of(plain, single, None)
+        for items, text in zip(made, responses, strict=True):
+            items[0][GIVEN] = text
+        return self._responses(requests, made, score)
+
+    def _responses(self, requests: Requests, made: list[list[dict[str, Any]]], score: bool) -> Rollouts:
+        """What verl's agent loops make of the requests, one row each."""
+        trainer = self._trainer
+        keep = trainer.stack.needs("column", "rollout_log_probs")
+        if not len(requests):
+            return no_rows(keep_log_probs=keep)
+        for items in made:
+            items[0][SCORED] = score
+        batch, uids = self._batch(requests, made)
         tags = [{"is_prompt": True, "status": "pending", "global_steps": trainer.global_steps} for _ in uids]
         tq.kv_batch_put(keys=uids, partition_id=PARTITION, tags=tags)
         self._manager.generate_sequences(batch)
         keys = self._wait(uids)
         there = tq.kv_batch_get(keys=keys, partition_id=PARTITION)
         tq.kv_clear(keys=[*keys, *uids], partition_id=PARTITION)
-        keep = trainer.stack.needs("column", "rollout_log_probs")
-        made = to_rollouts(there, keys, trainer.pool.prompts, trainer.global_steps - 1, keep_log_probs=keep)
-        made.columns["_verl_key"] = [""] * len(keys)
-        made.columns.written.discard("_verl_key")
-        scores = made.scores if score else torch.full_like(made.scores, torch.nan)
-        return replace(made, groups=requests.prompt.clone(), scores=scores)
+        rows = to_rollouts(there, keys, trainer.pool.prompts, trainer.global_steps - 1, keep_log_probs=keep)
+        return as_asked(rows, requests, score)
 
-    def _batch(self, requests: Requests, sampling: Sampling) -> tuple[Any, list[str]]:
+    def _batch(self, requests: Requests, made: list[list[dict[str, Any]]]) -> tuple[Any, list[str]]:
         """verl's prompt batch of the requests: a prompt of its own for each, drawn once."""
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.rl_dataset import collate_fn
 
-        position = requests.prompts.columns.get(POSITION)
-        if position is None:
-            raise ServiceError("only prompts of the data set can be generated from: take them from `requests.prompts`")
         trainer, count = self._trainer, len(requests)
-        places = torch.as_tensor(position)[requests.prompt].tolist()
-        rows = collate_fn([trainer.train_dataset[place] for place in places])
+        position = requests.prompts.columns.get(POSITION)
+        places = [-1] * count if position is None else torch.as_tensor(position)[requests.prompt].tolist()
+        rows = collate_fn([trainer.train_dataset[max(place, 0)] for place in places])
         uids = [str(uuid.uuid4()) for _ in range(count)]
         rows["uid"] = np.array(uids, dtype=object)
-        texts = [requests.prompts.texts[row] for row in requests.prompt.tolist()]
-        plain = replace(requests, texts=texts, prefixes=[""] * count)
-        single = replace(requests, prompt=torch.arange(count), prompts=requests.prompts.select(requests.prompt))
-        made = requests_of(plain, single, sampling, numbers=trainer.stack.claims("process_logits"))
-        top_k = int(trainer.config.actor_rollout_ref.rollout.top_k)
-        for items in made:
-            items[0]["sampling"]["top_k"] = top_k  # validation would set its own
         batch = tu.get_tensordict(rows)
         tu.assign_non_tensor_data(batch, "global_steps", trainer.global_steps)
         tu.assign_non_tensor_data(batch, "validate", True)
@@ -111,6 +134,10 @@ class VerlEngine:
                 order = order_of(keys, [wanted[key.split("_")[0]] for key in keys])
                 return [keys[row] for row in order]
             time.sleep(SECONDS)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The responses as texts; see `rlplugins.services.Engine`."""
+        return texts_of(rollouts, self._trainer.tokenizer)
 
     def log_probs(
         self, prompts: Sequence[Sequence[int]], responses: Tensor, mask: Tensor, *, policy: str = "current"
@@ -159,6 +186,60 @@ class VerlEngine:
         meta = tq.kv_batch_put(keys=keys, partition_id=PARTITION, fields=stored(fields, len(keys)), tags=tags)
         return KVBatchMeta(keys=keys, tags=tags, partition_id=PARTITION, fields=meta.fields, extra_info={}), sizes
 
-    def gradient_products(self, rollouts: Rollouts, advantages: Sequence[Tensor]) -> Tensor:
-        """verl's workers give no gradient to the driver."""
-        raise ServiceError("engine.gradient_products has no binding in verl yet; use the local trainer")
+    def gradient_products(
+        self, rollouts: Rollouts, advantages: Sequence[Tensor], *, parameters: str | None = None
+    ) -> Gradients:
+        """How the gradients of the stack's loss under each of K advantages lie; see `rlplugins.services.Engine`."""
+        trainer, plain = self._trainer, rollouts.unguarded()
+        keys = [str(key) for key in plain.columns[KEY]]
+        if plain.old_log_probs is None or not all(keys):
+            raise ServiceError(
+                "gradient_products takes rows of the step, in the credit phase: their old log-probs are missing"
+            )
+        there = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=list(gradients.INPUTS))
+        workers = trainer.actor_rollout_wg.workers
+        rank_of = trainer.actor_rollout_wg._dispatch_info["actor"]
+        shares = gradients.shares(
+            trainer.stack, plain, advantages, there, max(rank_of) + 1, parameters=parameters,
+            temperature=float(trainer.config.actor_rollout_ref.rollout.temperature),
+        )  # fmt: skip
+        sent = [ray.put(share) for share in shares]
+        calls = [
+            item.__ray_call__.remote(gradients.on_worker, sent[rank])
+            for item, rank in zip(workers, rank_of, strict=True)
+        ]
+        try:
+            found: list[Gradients] = ray.get(calls)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RlpluginsError):
+                raise error.cause from None
+            raise
+        return found[0]
+
+
+def _one_each(requests: Requests) -> Requests:
+    """The same requests, each with a prompt of its own."""
+    return replace(requests, prompt=torch.arange(len(requests)), prompts=requests.prompts.select(requests.prompt))
+
+
+def _plain(requests: Requests) -> Requests:
+    """The requests as they were before any hook."""
+    texts = [requests.prompts.texts[row] for row in requests.prompt.tolist()]
+    return replace(requests, texts=texts, prefixes=[""] * len(requests))
+
+
+def as_asked(rows: Rollouts, requests: Requests, score: bool) -> Rollouts:
+    """The rows with what the requests say of them: prompts, groups, and the columns of prompts that are not of the data set."""
+    prompts = requests.prompts
+    columns = rows.columns
+    if POSITION not in prompts.columns:  # the row's data are of another prompt
+        own = {name: take(column, requests.prompt) for name, column in prompts.columns.items()}
+        asked = {name: columns[name] for name in columns.written}
+        columns = Columns(own | asked, frozenset(columns.written))
+    columns[KEY] = [""] * len(rows)
+    columns.written.discard(KEY)
+    return replace(
+        rows, prompt_keys=prompts.keys[requests.prompt], prompt_rows=prompts.rows[requests.prompt],
+        groups=requests.prompt.clone(), columns=columns,
+        scores=rows.scores if score else torch.full_like(rows.scores, torch.nan),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""An agent loop around the user's own: it carries out, request by request, what the prompt hooks decided.
+"""An agent loop around the user's own: it carries out, request by request, what hooks decided.
 
-It changes the messages, the sampling parameters and the beginning of the response, and lets the user's loop do the rest.
-The driver registers it in the agent-loop workers when it shakes hands with them.
+It changes the messages, the sampling parameters and the beginning of the response, or gives the whole response, and lets the
+user's loop do the rest. The driver registers it in the agent-loop workers when it shakes hands with them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rlplugins.errors import ServiceError
 from rlplugins.logits import request_args
 from rlplugins.rollouts import Requests, Sampling
 from rlplugins_verl.columns import PREFIX, REQUESTS
@@ -19,6 +20,8 @@ AGENT = "rlplugins"
 """Name under which the loop is registered."""
 INNER = f"{PREFIX}agent"
 """Column of a prompt: the user's own agent loop."""
+GIVEN, SCORED = "given", "scored"
+"""Of a request: the text of its whole response; whether the reward function is asked."""
 
 
 def requests_of(
@@ -75,8 +78,10 @@ class RewritingAgentLoop:
         request = row[REQUESTS][int(row["session_id"])]
         parts = dict(self.parts)
         prefix: list[int] = []
-        if "prefix" in request:
-            prefix = parts["tokenizer"](request["prefix"], add_special_tokens=False).input_ids
+        if GIVEN in request:
+            parts["server_manager"] = GivenServer(self._given(request[GIVEN]))
+        elif "prefix" in request:
+            prefix = self._tokens(request["prefix"])
             parts["server_manager"] = ContinuingServer(parts["server_manager"], prefix)
         if "text" in request:
             text = request["text"]
@@ -85,7 +90,22 @@ class RewritingAgentLoop:
         output = await inner.run({**sampling_params, **request.get("sampling", {})}, **row)
         output.extra_fields[f"{PREFIX}columns"] = request["columns"]
         output.extra_fields[f"{PREFIX}prefix"] = min(len(prefix), len(output.response_ids))
+        if not request.get(SCORED, True):
+            output.reward_score = 0.0  # what has a score is not given to the reward function
         return output
+
+    def _tokens(self, text: str | list[int]) -> list[int]:
+        """Token ids of a part of a response, which may be some already."""
+        if not isinstance(text, str):
+            return [int(token) for token in text]
+        return self.parts["tokenizer"](text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
+
+    def _given(self, text: str) -> list[int]:
+        """Token ids of a given response with its end, as many as a response may have."""
+        tokens, end = self._tokens(text), self.parts["tokenizer"].eos_token_id
+        if end is not None and tokens[-1:] != [end]:
+            tokens = [*tokens, end]
+        return tokens[: int(self.parts["trainer_config"].config.actor_rollout_ref.rollout.response_length)]
 
 
 class ContinuingServer:
@@ -104,6 +124,30 @@ class ContinuingServer:
         output = await self._server.generate(request_id, prompt_ids=[*prompt_ids, *prefix], **request)
         log_probs = [*[0.0] * len(prefix), *output.log_probs] if output.log_probs else output.log_probs
         return output.model_copy(update={"token_ids": [*prefix, *output.token_ids], "log_probs": log_probs})
+
+
+class GivenServer:
+    """In the place of verl's client of the servers: gives the tokens of a response that something else has written."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    async def generate(self, request_id: str, *, sampling_params: dict[str, Any], **request: Any) -> Any:
+        """The response; no engine drew it, so its log-probs are 0.
+
+        Raises:
+            ServiceError: if the loop asks for a second one.
+        """
+        from verl.workers.rollout.replica import TokenOutput
+
+        tokens, self._tokens = self._tokens, []
+        if not tokens:
+            raise ServiceError(
+                "the agent loop went on after a response that was given to it (a tool call in its text?): engine.given takes "
+                "responses of one turn; leave such texts out, or choose an agent loop of one turn for these prompts"
+            )
+        log_probs = [0.0] * len(tokens) if sampling_params.get("logprobs") else None
+        return TokenOutput(token_ids=tokens, log_probs=log_probs, stop_reason="completed")
 
 
 def bind_agent_loop(worker: Any) -> dict[str, str]:

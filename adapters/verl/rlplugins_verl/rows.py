@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import transfer_queue as tq
 from torch import Tensor
 
 from rlplugins.rollouts import Columns, Rollouts
-from rlplugins_verl.columns import KEY, PREFIX, PROMPT, as_list, padded, stored
+from rlplugins_verl.columns import KEY, PROMPT, padded, stored, values_of
 
 
 def added_rows(batch: Any, there: Any, drawn: Rollouts, extended: Rollouts) -> tuple[Any, Rollouts]:
@@ -30,7 +31,7 @@ def added_rows(batch: Any, there: Any, drawn: Rollouts, extended: Rollouts) -> t
     new = [row for row, key in enumerate(keys) if not key]
     if new:
         tags = dict(zip(batch.keys, batch.tags, strict=True))
-        made, fields, marks = _made(extended, new, own, there, list(drawn.columns[KEY]), tags)
+        made, fields, marks = _made(drawn, extended, new, own, there, tags)
         for row, key in zip(new, made, strict=True):
             keys[row] = key
         tq.kv_batch_put(keys=made, partition_id=batch.partition_id, fields=stored(fields, len(made)), tags=marks)
@@ -63,18 +64,21 @@ def _unchanged(drawn: Rollouts, extended: Rollouts, own: Tensor) -> list[bool]:
 
 
 def _made(
-    extended: Rollouts, new: Sequence[int], own: Sequence[int], there: Any, keys: Sequence[str],
+    drawn: Rollouts, extended: Rollouts, new: Sequence[int], own: Sequence[int], there: Any,
     tags: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[str], dict[str, list[Any]], list[dict[str, Any]]]:  # fmt: skip
-    """Keys, stored columns and tags of new rows; what plugins do not set is that of a row of the same prompt."""
-    positions = [int(place) for place in as_list(there[PROMPT])]
-    pattern = {name: _values(there[name]) for name in there.keys()}  # noqa: SIM118
-    by_prompt = {int(row): place for place, row in reversed(list(enumerate(positions)))}
+    """Keys, stored columns and tags of new rows; what plugins do not set is that of a row of the same prompt, or of any."""
+    pattern = {name: values_of(there[name]) for name in there.keys()}  # noqa: SIM118
+    keys = [str(key) for key in drawn.columns[KEY]]
+    prompts = drawn.prompt_rows.tolist()
+    by_prompt = {prompt: place for place, prompt in reversed(list(enumerate(prompts))) if prompt >= 0}
+    uids = _uids(extended, own, keys)
     made, marks = [], []
     fields: dict[str, list[Any]] = {name: [] for name in pattern}
     width = torch.arange(1, extended.mask.shape[1] + 1)
     for number, row in enumerate(new):
-        like = own[row] if own[row] >= 0 else by_prompt.get(_position(extended, row), 0)
+        place = own[row] if own[row] >= 0 else by_prompt.get(int(extended.prompt_rows[row]), -1)
+        like = max(place, 0)
         size = max(1, int((width * (extended.mask[row] | (extended.responses[row] != 0))).max()))
         prompt, response = torch.tensor(extended.prompts[row]), extended.responses[row, :size]
         mask = extended.mask[row, :size].long()
@@ -84,21 +88,27 @@ def _made(
         values = {
             "prompts": prompt, "responses": response, "response_mask": mask, "loss_mask": mask, "input_ids": ids,
             "position_ids": torch.arange(len(ids)), "rm_scores": score, "rollout_log_probs": torch.zeros(size),
-            "attention_mask": torch.ones_like(ids),
+            "attention_mask": torch.ones_like(ids), "uid": uids[row],
         }  # fmt: skip
+        if place < 0:  # of no prompt of the step
+            values |= {PROMPT: -1, "multi_modal_inputs": {}}
         for name, column in pattern.items():
             fields[name].append(values.get(name, column[like]))
-        uid, _, _ = keys[like].rsplit("_", 2)
-        made.append(f"{uid}_{10_000 + number}_0")
+        made.append(f"{uids[row]}_{10_000 + number}_0")
         sizes = {"prompt_len": len(prompt), "response_len": size, "seq_len": len(ids)}
         marks.append({**tags[keys[like]], **sizes})
     return made, fields, marks
 
 
-def _position(extended: Rollouts, row: int) -> int:
-    found = extended.columns.get(f"{PREFIX}prompt")
-    return int(found[row]) if found is not None else -1
+def _uids(extended: Rollouts, own: Sequence[int], keys: Sequence[str]) -> list[str]:
+    """verl's name of each row's group: that of the drawn rows in it, or a new one; a row of no group is alone."""
+    groups = extended.groups.tolist()
+    names = {
+        group: keys[place].rsplit("_", 2)[0]
+        for group, place in zip(groups, own, strict=True) if group >= 0 and place >= 0
+    }  # fmt: skip
+    return [names.setdefault(group, _new()) if group >= 0 else _new() for group in groups]
 
 
-def _values(column: Any) -> list[Any]:
-    return list(column.unbind()) if isinstance(column, Tensor) else as_list(column)
+def _new() -> str:
+    return str(uuid.uuid4())

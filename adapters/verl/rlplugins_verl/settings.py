@@ -22,8 +22,8 @@ MODES = ("sync", "colocate_async")
 
 LOGITS_ENGINES = ("vllm", "light")
 """Rollout engines that call `process_logits`."""
-UNBOUND = frozenset({"forward"}) | {name for name, hook in HOOKS.items() if hook.phase == "preferences"}
-"""Hooks that have no place in verl yet."""
+UNBOUND = frozenset(name for name, hook in HOOKS.items() if hook.phase == "preferences")
+"""Hooks that have no place in verl."""
 
 CREDIT = frozenset(name for name, hook in HOOKS.items() if hook.phase == "credit")
 UPDATE = frozenset(name for name, hook in HOOKS.items() if hook.phase == "update") - {"forward"}
@@ -98,6 +98,11 @@ def ranks(config: Any) -> int:
     return int(at(config, "trainer.nnodes", 1)) * int(at(config, "trainer.n_gpus_per_node", 1))
 
 
+def trains_by_fsdp(config: Any) -> bool:
+    """Whether FSDP or FSDP2 trains the actor."""
+    return str(at(config, "actor_rollout_ref.actor.strategy", "fsdp")) in ("fsdp", "fsdp2")
+
+
 def has_reference(config: Any) -> bool:
     """Whether verl computes the reference's log-probs."""
     return bool(
@@ -133,6 +138,7 @@ def declare(config: Any, mode: str, columns: Iterable[str] | None = None) -> Tra
         name="verl",
         binds=frozenset(HOOKS) - UNBOUND - (set() if engine in LOGITS_ENGINES else {"process_logits"}),
         provides=provides(mode)
+        | ({"gradients"} if trains_by_fsdp(config) else set())
         | ({"validation_every_step"} if every_step else set())
         | (set() if apart else {"together"}),
         columns=None if columns is None else frozenset(given | set(columns)),
@@ -148,7 +154,7 @@ def declare(config: Any, mode: str, columns: Iterable[str] | None = None) -> Tra
 def why_apart(config: Any) -> str:
     """The setting that would make verl keep a group in one micro-batch; empty if it does."""
     actor, size = "actor_rollout_ref.actor", group_size(config)
-    share = ranks(config) // int(at(config, f"{actor}.ulysses_sequence_parallel_size", 1))
+    share = max(1, ranks(config) // int(at(config, f"{actor}.ulysses_sequence_parallel_size", 1)))
     if int(at(config, f"{actor}.ppo_mini_batch_size", share)) % share:
         return f"set {actor}.ppo_mini_batch_size to a multiple of {share}, so that each rank gets whole groups"
     if at(config, f"{actor}.shuffle", False):
@@ -171,12 +177,13 @@ REMEDIES = {
     "engine": "set trainer.v1.trainer_mode=rlplugins_sync",
     "prompts_after_update": "set trainer.v1.trainer_mode=rlplugins_sync",
     "one_rank": "set trainer.nnodes=1 trainer.n_gpus_per_node=1",
+    "gradients": "set actor_rollout_ref.actor.strategy=fsdp2",
 }
 
 
 def provides(mode: str) -> set[str]:
-    """Needs that verl meets in a trainer mode."""
-    always = {"mini_batch_log_probs", "current_entropy", "response_prefix"}
+    """Needs that verl meets in a trainer mode, whatever trains the actor."""
+    always = {"mini_batch_log_probs", "current_entropy", "response_prefix", "trainable_model"}
     return always | ({"engine", "prompts_after_update"} if mode == "sync" else set())
 
 
@@ -255,8 +262,15 @@ def owns_credit(stack: Stack) -> bool:
 
 
 def owns_loss(stack: Stack) -> bool:
-    """Whether the stack computes the loss; else verl does, as configured."""
-    return any(stack.claims(hook) for hook in UPDATE | WEIGHTS) or any(plugin.kinds for plugin in stack.plugins)
+    """Whether the stack computes the loss, that whose gradients a plugin asks for too; else verl does, as configured."""
+    claimed = any(stack.claims(hook) for hook in UPDATE | WEIGHTS) or any(plugin.kinds for plugin in stack.plugins)
+    given = stack.trainer is not None and "gradients" in stack.trainer.provides
+    return claimed or (given and stack.needs("gradients"))
+
+
+def needs_whole_units(stack: Stack) -> bool:
+    """Whether some plugin cannot do without its rows in one micro-batch; one that can gets as many as fit."""
+    return any(need.kind == "together" and need.required for need in stack.plan.needs())
 
 
 def owns_critic(config: Any, stack: Stack) -> bool:
@@ -290,11 +304,12 @@ def refusals(config: Any, stack: Stack) -> list[str]:
     """Settings of verl that a hook of the stack cannot be combined with, each with what to do."""
     credit, loss = owns_credit(stack), owns_loss(stack)
     found = []
-    strategy = str(at(config, "actor_rollout_ref.actor.strategy", "fsdp"))
-    if loss and not strategy.startswith("fsdp"):
-        found.append(
-            f"actor_rollout_ref.actor.strategy={strategy}: the loss is bound to verl's FSDP engines; set fsdp2"
-        )
+    forward = stack.claims("forward")
+    if (loss or forward) and not trains_by_fsdp(config):
+        bound = "the loss" if loss else "the hook `forward`"
+        strategy = at(config, "actor_rollout_ref.actor.strategy")
+        found.append(f"actor_rollout_ref.actor.strategy={strategy}: {bound} is bound to verl's FSDP engines; set fsdp2")
+    found += _with_forward(config) if forward else []
     if credit and at(config, "algorithm.use_kl_in_reward", False):
         found.append("algorithm.use_kl_in_reward=True changes rewards that the stack computes with: set it to False and use "
                      "actor_rollout_ref.actor.use_kl_loss=True")  # fmt: skip
@@ -305,7 +320,7 @@ def refusals(config: Any, stack: Stack) -> list[str]:
     if credit and at(config, "algorithm.use_pf_ppo", False):
         found.append("algorithm.use_pf_ppo=True draws rows anew after their advantages are known: set it to False and use the "
                      "plugin pf-ppo")  # fmt: skip
-    if loss and at(config, "distillation.enabled", False):
+    if (loss or forward) and at(config, "distillation.enabled", False):
         found.append("distillation.enabled=True brings a loss of its own: set it to False")
     if at(config, "algorithm.filter_groups.enable", False) and any(stack.claims(hook) for hook in PROMPTS):
         found.append("algorithm.filter_groups.enable=True asks for further prompts within a step: set it to False and filter "
@@ -322,12 +337,31 @@ def refusals(config: Any, stack: Stack) -> list[str]:
     return found
 
 
+def _with_forward(config: Any) -> list[str]:
+    """Settings under which verl's model gives what no plugin's `forward` can compute with."""
+    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    found = []
+    for who in (actor, f"{actor}.fsdp_config", "actor_rollout_ref.ref"):
+        if int(at(config, f"{who}.ulysses_sequence_parallel_size", 1)) > 1:
+            found.append(
+                f"{who}.ulysses_sequence_parallel_size > 1 cuts the rows that `forward` takes whole: set it to 1"
+            )
+    if at(config, f"{model}.use_fused_kernels", False):
+        found.append(f"{model}.use_fused_kernels=True leaves a plugin's `forward` without logits: set it to False")
+    if at(config, f"{actor}.calculate_sum_pi_squared", False):
+        found.append(f"{actor}.calculate_sum_pi_squared=True asks for what no `forward` gives: set it to False")
+    if at(config, f"{actor}.use_prefix_grouper", False):
+        found.append(f"{actor}.use_prefix_grouper=True does nothing in this trainer of verl, and a plugin claims `forward`: "
+                     "leave it out")  # fmt: skip
+    return found
+
+
 def _unequal(config: Any, stack: Stack) -> list[str]:
     """Groups that must stay whole and may differ in size, where verl deals out equal parts."""
     deciding = [hook for hook in RESIZING if stack.claims(hook)]
     mini_batch = int(at(config, "actor_rollout_ref.actor.ppo_mini_batch_size", 0))
     parts = ranks(config) > 1 or mini_batch < int(at(config, "data.train_batch_size", 0))
-    if not (stack.needs("together") and deciding and parts):
+    if not (needs_whole_units(stack) and deciding and parts):
         return []
     return [f"{', '.join(deciding)} may change the sizes of groups that must stay whole, and verl deals them out in parts of "
             "equal size: use one rank and actor_rollout_ref.actor.ppo_mini_batch_size as large as data.train_batch_size, or "

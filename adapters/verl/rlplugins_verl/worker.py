@@ -2,12 +2,12 @@
 
 verl calls `engine.train_batch(data, loss_function)` once per mini-batch with this rank's rows, and the loss function once
 per micro-batch. The first has no official door, so the method of this one engine is replaced (`MiniBatchUpdate`), when the
-driver shakes hands with the worker; the second is handed to it for the time of the mini-batch.
+driver shakes hands with the worker (`bind`); the second is handed to it for the time of the mini-batch. In the same way, where
+the stack needs it, the cut into micro-batches (`together`) and the pass over one of them (`forward`) are replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,9 +20,11 @@ from torch import Tensor
 from rlplugins.errors import ConfigurationError
 from rlplugins.stack import Stack
 from rlplugins.steps import Metrics
-from rlplugins.update import Loss, MiniBatch
+from rlplugins.update import Loss, MiniBatch, moved
 from rlplugins_verl.columns import PREFIX, REAL, Packing, padded, unpack
-from rlplugins_verl.together import ROW, UNIT, cut_whole
+from rlplugins_verl.forward import HookedForward
+from rlplugins_verl.settings import needs_whole_units
+from rlplugins_verl.together import ROW, WholeUnits
 
 FRAME = f"{PREFIX}frame"
 """Key of the mini-batch's data under which its `Frame` travels."""
@@ -68,25 +70,28 @@ class MiniBatchUpdate:
         frame = data.get(FRAME, None)
         if frame is None:
             return self.train_batch(data, loss_function)
-        frame = getattr(frame, "data", frame)
-        if frame.step != self.step:
-            self.step, self.optimiser_steps = frame.step, 0
         metrics = Metrics()
-        mini, mask = self.open(data, frame, metrics)
+        mini, mask = self.open(data, getattr(frame, "data", frame), metrics)
         if mini.weightless:
             outputs: dict[str, Any] = {"model_output": {}, "loss": [], "metrics": {"grad_norm": 0.0}}
         else:
-            with self.cutting(data):
-                outputs = self.train_batch(data, functools.partial(self.loss, mini, mask))
+            outputs = self.train_batch(data, functools.partial(self.loss, mini, mask))
             self.optimiser_steps += 1
         metrics.log("rlplugins/update_skipped", float(mini.weightless))
         outputs["metrics"] |= encoded(self.over_ranks(metrics))
         return outputs
 
+    def backward(self, data: Any, frame: Frame) -> None:
+        """The gradient of the stack's loss of a mini-batch, and no step of the optimiser."""
+        mini, mask = self.open(data, frame, Metrics())
+        self.engine.forward_backward_batch(data, functools.partial(self.loss, mini, mask))
+
     def open(self, data: Any, frame: Frame, metrics: Metrics) -> tuple[MiniBatch, Tensor]:
         """The mini-batch after `prepare_mini_batch`, and its mask (n, T); numbers the rows of `data`."""
         from verl.utils.device import get_device_id
 
+        if frame.step != self.step:
+            self.step, self.optimiser_steps = frame.step, 0
         real = padded(data[REAL])[:, 0] > 0
         data[ROW] = torch.where(real, real.cumsum(0) - 1, -1)
         rows = real.nonzero().flatten()
@@ -97,17 +102,10 @@ class MiniBatchUpdate:
         if self.stack.needs_mini_batch_log_probs and self.optimiser_steps:
             current = self.current_log_probs(data, rows, mask)
         mini = self.stack.mini_batch(
-            columns, _on_device(frame.shared, mask.device), kinds=frame.kinds, reduce=self.sum_over_ranks,
+            columns, moved(frame.shared, mask.device), kinds=frame.kinds, reduce=self.sum_over_ranks,
             log_probs=current, metrics=metrics,
         )  # fmt: skip
         return mini, mask
-
-    def cutting(self, data: Any) -> contextlib.AbstractContextManager[None]:
-        """How verl cuts the mini-batch: as configured, or into whole units where the driver has dealt it so."""
-        if UNIT not in data.keys():  # noqa: SIM118
-            return contextlib.nullcontext()
-        units = padded(data[UNIT])[:, 0].cpu()
-        return cut_whole(self.engine, torch.where(data[ROW].cpu() >= 0, units, -1 - torch.arange(len(units))))
 
     def current_log_probs(self, data: Any, rows: Tensor, mask: Tensor) -> Tensor | None:
         """Log-probs (n, T) of all rows under the present weights."""
@@ -253,25 +251,52 @@ def decoded(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
 def bind(
     worker: Any, specification: Mapping[str, Any], owns_loss: bool, owns_critic: bool = False, clip: float | None = None
 ) -> dict[str, Any]:
-    """The handshake, run in a worker: build the stack and take the update over, if the stack has a say in it.
+    """The handshake, run in a worker: build the stack and take over what it has a say in.
 
     Gives the stack's hash and versions, which the driver compares with its own.
     """
     stack = Stack.from_specification(specification)
-    if owns_loss:
-        engine = actor_of(worker).engine
-        if isinstance(engine.train_batch, MiniBatchUpdate):
-            raise ConfigurationError("rlplugins is bound to this worker already")
-        engine.train_batch = MiniBatchUpdate(stack, engine, engine.train_batch)
+    owner = owner_of(worker)
+    bind_engine(owner.actor.engine, stack, owns_loss)
+    if owner.ref is not None:
+        bind_engine(owner.ref.engine, stack, owns_loss=False)
     if owns_critic:
         critic = worker.worker_dict["critic"].engine
-        critic.train_batch = CriticUpdate(stack, critic, critic.train_batch, clip)
+        stand_in(critic, "train_batch", CriticUpdate(stack, critic, critic.train_batch, clip))
     return {"fingerprint": stack.fingerprint, **versions()}
+
+
+def bind_engine(engine: Any, stack: Stack, owns_loss: bool) -> None:
+    """Take over the update, the cut into micro-batches and the pass over one of them, as far as the stack needs it.
+
+    Args:
+        engine: verl's, of the actor or the reference.
+        stack: the plugins, built in this process, without state.
+        owns_loss: whether the stack computes the loss that this engine trains on.
+    """
+    if owns_loss:
+        stand_in(engine, "train_batch", MiniBatchUpdate(stack, engine, engine.train_batch))
+    if stack.needs("together") or (owns_loss and stack.needs("gradients")):
+        whole = WholeUnits(engine, engine.forward_backward_batch, whole=needs_whole_units(stack))
+        stand_in(engine, "forward_backward_batch", whole)
+    if stack.claims("forward"):
+        stand_in(engine, "forward_step", HookedForward(stack, engine))
+
+
+def stand_in(engine: Any, method: str, replacement: Callable[..., Any]) -> None:
+    """Replace a method of this one engine.
+
+    Raises:
+        ConfigurationError: if it has been replaced before.
+    """
+    if method in vars(engine):
+        raise ConfigurationError(f"rlplugins is bound to this worker already: {method} of its engine is replaced")
+    setattr(engine, method, replacement)
 
 
 def copy_reference(worker: Any) -> None:
     """Give the reference model of a worker the policy's present weights; both are cut over the ranks alike."""
-    owner = actor_of(worker, of="ref")
+    owner = owner_of(worker)
     with torch.no_grad():
         source = dict(owner.actor.engine.module.named_parameters())
         for name, target in owner.ref.engine.module.named_parameters():
@@ -287,20 +312,16 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("rlplugins", "rlplugins-verl", "verl")}
 
 
-def actor_of(worker: Any, of: str = "actor") -> Any:
-    """The training worker of the policy inside one of Ray's, or with `of="ref"` the worker that holds both models."""
+def owner_of(worker: Any) -> Any:
+    """The part of one of Ray's workers that holds `actor` and, unless it is None, `ref`."""
     for part in [worker, *getattr(worker, "worker_dict", {}).values()]:
-        if getattr(part, of, None) is not None and hasattr(part, "update_actor"):
-            return part.actor if of == "actor" else part
+        if getattr(part, "actor", None) is not None and hasattr(part, "update_actor"):
+            return part
     raise ConfigurationError(
-        f"a worker of type {type(worker).__name__} holds no {of} model that rlplugins knows how to reach"
+        f"a worker of type {type(worker).__name__} holds no actor that rlplugins knows how to reach"
     )
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
-    """Shared values with their tensors on the device of the update."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _on_device(item, device) for name, item in value.items()}
-    return value
+def actor_of(worker: Any) -> Any:
+    """The training worker of the policy inside one of Ray's."""
+    return owner_of(worker).actor

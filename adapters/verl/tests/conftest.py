@@ -14,6 +14,7 @@ if importlib.util.find_spec("transfer_queue") is None:
         "test_columns.py",
         "test_config.py",
         "test_driver.py",
+        "test_given.py",
         "test_runs.py",
         "test_runs_long.py",
         "test_doctor.py",

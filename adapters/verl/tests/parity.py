@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlplugins.rollouts import Rollouts
+from rlplugins.services import Gradients
 from rlplugins.stack import Credit, Stack, StackConfig
 from rlplugins.steps import Run
 from rlplugins.table import PromptTable
@@ -28,18 +31,37 @@ from rlplugins.testing.parity import (
 from rlplugins.testing.tiny import make_tokenizer
 from rlplugins.together import units_of
 from rlplugins_verl import columns as rows_of_verl
-from rlplugins_verl import settings, together
+from rlplugins_verl import gradients, settings, together
 from rlplugins_verl.cpu import tiny
-from rlplugins_verl.driver import for_verl, with_passes
+from rlplugins_verl.driver import credit_of_verl, for_verl, with_passes
 from rlplugins_verl.pool import Pool
-from rlplugins_verl.worker import FRAME, Frame, MiniBatchUpdate, decoded
+from rlplugins_verl.worker import FRAME, Frame, bind_engine, decoded
 
 POOL = 24
 
 
 def local_side(folder: Path, case: Case) -> LocalSide:
-    """The local trainer with verl's bound of the loss of a negative advantage."""
-    return LocalSide(folder, case, dual_clip=3.0)
+    """The local trainer with verl's bound of the loss of a negative advantage, whose credit phase has the engine."""
+    local = {name: folder / value if name == "validation_data" else value for name, value in (case.local or {}).items()}
+    side = LocalSide(folder, replace(case, local=local), dual_clip=3.0)
+    stack = side.trainer.stack
+    credit = stack.credit
+
+    def with_engine(rollouts: Rollouts, unused: Any) -> Credit:
+        add_columns_of_extended_rows(stack, rollouts)
+        return credit(rollouts, side.trainer.engine)
+
+    stack.credit = with_engine  # type: ignore[method-assign]
+    return side
+
+
+def add_columns_of_extended_rows(stack: Stack, rollouts: Rollouts) -> None:
+    """Give the rows what `segment-po` writes on them in `extend_rollouts`: three segments, or no parents."""
+    if any(plugin.name == "segment-po" for plugin in stack.plugins) and "segment_po_parent" not in rollouts.columns:
+        rows = torch.arange(len(rollouts))
+        rollouts["segment_po_starts"] = torch.tensor([1, 3, 6]).repeat(len(rollouts), 1)
+        rollouts["segment_po_values"] = (rows[:, None] * 0.37 + torch.arange(3) * 0.21) % 1
+        rollouts["segment_po_parent"] = torch.full_like(rows, -1)
 
 
 def data_rows(prompts: int) -> list[dict[str, Any]]:
@@ -53,20 +75,20 @@ def data_rows(prompts: int) -> list[dict[str, Any]]:
 
 
 class VerlSide:
-    """verl's FSDP2 engine with the adapter's update, whose optimiser does not move the weights."""
+    """verl's FSDP engine with the adapter's update, whose optimiser does not move the weights."""
 
-    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1, port: int = 0) -> None:
+    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1, port: int = 0, **engine: Any) -> None:
         self.tokenizer = make_tokenizer()
-        self.worker = make_worker(folder / "model", rank, ranks, port)
+        self.worker = make_worker(folder / "model", rank, ranks, port, **engine)
         self.engine = self.worker.engine
         self.engine.optimizer_step = self._keep_gradient
-        self.plain_train_batch = self.engine.train_batch
+        self.micro = 16
         self.rank, self.ranks = rank, ranks
         self.tokens: int | None = None  # per micro-batch, if verl is to cut them by tokens
         self.gradient: dict[str, Tensor] = {}
 
     def _keep_gradient(self) -> float:
-        self.gradient = {name: _whole(parameter.grad) for name, parameter in self.engine.module.named_parameters()}
+        self.gradient = {name: whole(parameter.grad) for name, parameter in self.engine.module.named_parameters()}
         return 0.0
 
     def begin(self, case: Case, prompts: int = POOL) -> None:
@@ -79,38 +101,60 @@ class VerlSide:
         self.stack.start(Run(STEPS, case.group_size, case.rows, self.pool.prompts, 1, self.tokenizer))
         on_worker = Stack.from_specification(self.stack.specification())
         assert on_worker.fingerprint == self.stack.fingerprint
-        self.update = MiniBatchUpdate(on_worker, self.engine, self.plain_train_batch)
+        for replaced in set(vars(self.engine)) & {"train_batch", "forward_backward_batch", "forward_step"}:
+            delattr(self.engine, replaced)
+        bind_engine(self.engine, on_worker, settings.owns_loss(self.stack))
 
-    def old_log_probs(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    def old_log_probs(
+        self, drawn: Drawn | Rollouts, micro: int = 0, units: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """verl's own pass: log-probs and entropies (B, T)."""
         from verl.workers.utils.padding import response_from_nested
 
-        data = self._data(sequences(drawn), len(drawn.prompts), calculate_entropy=True, micro=len(drawn.prompts))
+        rows = len(drawn.prompts)
+        fields = sequences(drawn) | ({} if units is None else {together.UNIT: list(units[:, None].unbind())})
+        data = self._data(fields, rows, calculate_entropy=True, micro=micro or rows)
         with self.engine.eval_mode():
             output = self.engine.infer_batch(data)["model_output"]
         mask = data["response_mask"]
         found = [response_from_nested(output[name], mask).to_padded_tensor(0.0) for name in ("log_probs", "entropy")]
         return found[0] * drawn.mask, found[1] * drawn.mask
 
-    def step(self, drawn: Drawn, number: int, entropy: Tensor, old: Tensor, micro: int, padding: int = 0) -> Result:
-        """Credit, update and end of one step, as the driver and the workers make it."""
+    def step(
+        self, drawn: Drawn, number: int, entropy: Tensor, old: Tensor, micro: int, padding: int = 0,
+        extended: Callable[[Rollouts], Rollouts] | None = None,
+    ) -> Result:  # fmt: skip
+        """Credit, update and end of one step, as the driver and the workers make it.
+
+        Args:
+            drawn: the rows.
+            number: of the step.
+            entropy: of the old policy.
+            old: log-probs of all rows, those that are added too.
+            micro: rows of a micro-batch.
+            padding: rows that fill the batch.
+            extended: what is made of the rows in the place of `extend_rollouts`.
+        """
         stack = self.stack
         stack.begin_step(number, STEPS, seed=1)
-        rows = len(drawn.prompt)
+        self.micro = micro
         keys = [f"uid{int(place)}_{row}_0" for row, place in enumerate(drawn.prompt)]
-        there = generated(drawn)
-        rollouts = rows_of_verl.to_rollouts(there, keys, self.pool.prompts, number)
+        rollouts = rows_of_verl.to_rollouts(generated(drawn), keys, self.pool.prompts, number)
         add_request_columns(stack, rollouts, self.pool.prompts, drawn)
-        passes = {"old_log_probs": jagged(old, drawn), "entropy": jagged(entropy, drawn)}
-        passes["ref_log_prob"] = jagged(reference_of(drawn, old), drawn)
+        add_columns_of_extended_rows(stack, rollouts)
+        rollouts = extended(rollouts) if extended is not None else rollouts
+        rows = len(rollouts)
+        passes = {"old_log_probs": jagged(old, rollouts)}
+        if rows == len(drawn.prompt):
+            passes |= {"entropy": jagged(entropy, drawn), "ref_log_prob": jagged(reference_of(drawn, old), drawn)}
         rollouts = with_passes(rollouts, passes, stack)
         if settings.owns_credit(stack):
-            credit = stack.credit(rollouts, None)
+            credit = stack.credit(rollouts, self)  # type: ignore[arg-type]
         else:  # as verl's own estimator gives them
             advantages = verl_advantages(drawn)
-            credit = Credit(rollouts.scores, rollouts.groups, None, advantages, None, None, None)
-        sizes = there["responses"].offsets().diff().tolist()
-        fields = sequences(drawn) | for_verl(rollouts, credit, sizes, excluded=not settings.owns_loss(stack))
+            credit = credit_of_verl(rollouts, advantages)
+        sizes = response_lengths(rollouts)
+        fields = sequences(rollouts) | for_verl(rollouts, credit, sizes, excluded=not settings.owns_loss(stack))
         fields["old_log_probs"] = [row[:size] for row, size in zip(old, sizes, strict=True)]
         frame = None
         if settings.owns_loss(stack):
@@ -118,20 +162,20 @@ class VerlSide:
             fields |= packed | {rows_of_verl.REAL: list(torch.ones(rows, 1).unbind())}
             frame = Frame(number, rollouts.kinds, stack.step.shared_by_all(), packing)
         if stack.needs("together"):
-            units = units_of(stack, rollouts, credit.groups)
-            fields[together.UNIT] = list(units[:, None].unbind())
+            units = torch.cat([units_of(stack, rollouts, credit.groups), -1 - torch.arange(padding)])
         for name, values in fields.items():
             filler = _padding_row(name, values)
             fields[name] = [*values, *[filler] * padding]
         if stack.needs("together"):
-            order = together.dealt(torch.cat([units, -1 - torch.arange(padding)]), self.ranks, 1)
+            fields[together.UNIT] = list(units[:, None].unbind())
+            order = together.dealt(units, self.ranks, 1, whole=settings.needs_whole_units(stack))
             fields = {name: [values[row] for row in order] for name, values in fields.items()}
         parts = [self._train(fields, rows + padding, frame, micro) for _ in range(self.passes)]
         metrics = {name: sum(part[name] for part in parts) / self.passes for name in parts[0]}
         stack.end_step(rollouts, credit, self)  # type: ignore[arg-type]
         found = {**stack.metrics.as_dict(), **metrics}
         return Result(
-            credit.advantages * drawn.mask, weights_of(credit, drawn.mask), metrics["loss"], self.gradient,
+            credit.advantages * rollouts.mask, weights_of(credit, rollouts.mask), metrics["loss"], self.gradient,
             {name: value for name, value in found.items() if name.startswith("rlplugins/")},
         )  # fmt: skip
 
@@ -141,6 +185,17 @@ class VerlSide:
         nothing = torch.zeros(rows, dtype=torch.int64)
         drawn = Drawn(nothing, [list(prompt) for prompt in prompts], responses, mask, nothing, nothing, nothing)
         return self.old_log_probs(drawn)[0]
+
+    def gradient_products(
+        self, rollouts: Rollouts, advantages: Sequence[Tensor], *, parameters: str | None = None
+    ) -> Gradients:
+        """The engine's service, of this rank beside which the others run."""
+        there = rows_of_verl.stored(sequences(rollouts), len(rollouts))
+        found = gradients.shares(self.stack, rollouts, advantages, there, self.ranks, parameters=parameters)[self.rank]
+        cut = {"use_dynamic_bsz": self.tokens is not None, "max_token_len_per_gpu": self.tokens or 0,
+               "micro_batch_size_per_gpu": self.micro}  # fmt: skip
+        share = replace(found, options={**found.options, **cut})
+        return gradients.products(self.worker, self.engine.train_batch, share)
 
     def _train(self, fields: dict[str, list[Any]], rows: int, frame: Frame | None, micro: int) -> dict[str, float]:
         """One mini-batch on this rank's share of the rows."""
@@ -163,7 +218,7 @@ class VerlSide:
         )
         self.gradient = {}
         with self.engine.train_mode():
-            outputs = self.update(data, partial(ppo_loss, config=config))
+            outputs = self.engine.train_batch(data, partial(ppo_loss, config=config))
         metrics = {
             name: list(value) if isinstance(value, list) else value for name, value in outputs["metrics"].items()
         }
@@ -207,7 +262,7 @@ def verl_settings(case: Case) -> dict[str, Any]:
     return config
 
 
-def sequences(drawn: Drawn) -> dict[str, list[Any]]:
+def sequences(drawn: Drawn | Rollouts) -> dict[str, list[Any]]:
     """The columns that verl's engine reads."""
     sizes = response_lengths(drawn)
     found: dict[str, list[Any]] = {}
@@ -237,12 +292,12 @@ def generated(drawn: Drawn) -> Any:
     return rows_of_verl.stored(sequences(drawn) | {"rm_scores": scores} | objects, rows)
 
 
-def response_lengths(drawn: Drawn) -> list[int]:
+def response_lengths(drawn: Drawn | Rollouts) -> list[int]:
     """Tokens of each response, tool output included."""
     return ((torch.arange(drawn.mask.shape[1]) + 1) * (drawn.responses != 0)).amax(1).tolist()
 
 
-def jagged(column: Tensor, drawn: Drawn) -> Tensor:
+def jagged(column: Tensor, drawn: Drawn | Rollouts) -> Tensor:
     """A response column as verl's passes give it."""
     rows = [row[:size] for row, size in zip(column, response_lengths(drawn), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -267,12 +322,13 @@ def _padding_row(name: str, values: Sequence[Any]) -> Any:
     return rows_of_verl.filler(list(values))
 
 
-def _whole(gradient: Any) -> Tensor:
+def whole(gradient: Any) -> Tensor:
+    """A parameter or gradient from its shards."""
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
 
 
-def make_worker(model: Path, rank: int, ranks: int, port: int) -> Any:
-    """verl's training worker on its FSDP2 engine, in this process."""
+def make_worker(model: Path, rank: int, ranks: int, port: int, strategy: str = "fsdp2", shards: int = -1) -> Any:
+    """verl's training worker on its FSDP engine, in this process."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port or free_port()))  # fmt: skip
     from verl.trainer.config import CheckpointConfig
@@ -282,9 +338,13 @@ def make_worker(model: Path, rank: int, ranks: int, port: int) -> Any:
 
     if not torch.distributed.is_initialized():
         initialize_global_process_group()
+    if strategy == "fsdp":  # torch would have a model on an accelerator before it lets rank 0 send it to the others
+        from torch.distributed.fsdp import _init_utils
+
+        _init_utils._check_module_states_for_sync_module_states = lambda states: None
     engine = FSDPEngineConfig(
-        strategy="fsdp2", use_torch_compile=False, mixed_precision={"param_dtype": "fp32"}, use_dynamic_bsz=False,
-        micro_batch_size_per_gpu=16, infer_micro_batch_size_per_gpu=16,
+        strategy=strategy, use_torch_compile=False, mixed_precision={"param_dtype": "fp32"}, use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=16, infer_micro_batch_size_per_gpu=16, fsdp_size=shards,
     )  # fmt: skip
     config = HFModelConfig(
         path=str(model), use_remove_padding=False, enable_gradient_checkpointing=False,

@@ -1,5 +1,6 @@
 """Between verl's columns and Rollouts."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,12 @@ import pytest
 import torch
 
 from rlplugins.errors import DataError
-from rlplugins.rollouts import Rollouts
+from rlplugins.rollouts import Columns, Prompts, Requests, Rollouts, completed, concatenate
 from rlplugins.steps import Metrics
 from rlplugins.table import PromptTable
 from rlplugins.testing import make_rollouts
 from rlplugins_verl import columns as rows_of_verl
-from rlplugins_verl import rows
+from rlplugins_verl import engine, rows
 from rlplugins_verl.columns import KEY, PLACE, PROMPT
 from rlplugins_verl.pool import Pool
 from rlplugins_verl.worker import decoded, encoded
@@ -179,6 +180,71 @@ def test_rows_that_plugins_add_or_change_are_stored_under_keys_of_their_own(stor
     assert fields["input_ids"].unbind()[1].tolist() == [7, 8, 99, 2]
     assert fields["rm_scores"].unbind()[1].tolist() == [0.0, 0.25]
     assert rows_of_verl.as_list(fields["uid"]) == ["u0", "u1"]
+
+
+def outside(rollouts: Rollouts, rows: int) -> Rollouts:
+    """Rows of kind `expert` and no group, to prompts that are not of the pool."""
+    made = rollouts.select(torch.zeros(rows, dtype=torch.int64)).unguarded()
+    none = torch.full((rows,), -1)
+    columns = Columns({KEY: [""] * rows})
+    return replace(
+        made, prompt_rows=none, prompt_keys=torch.arange(rows) + 7, groups=none, prompts=[[9]] * rows, columns=columns,
+        kinds=("policy", "expert"), kind=torch.ones(rows, dtype=torch.int8), scores=torch.zeros(rows, 1),
+    )  # fmt: skip
+
+
+def test_rows_of_prompts_that_the_step_has_not_are_alone_in_verls_store(store: Store) -> None:
+    batch, there, drawn = step_rows()
+    images = [{"pixels": 1}, {}, {}, {}]
+    there["multi_modal_inputs"] = rows_of_verl.stored({"x": images}, 4)["x"]
+    extended = concatenate([drawn, completed(outside(drawn, 2), drawn)])
+    made, named = rows.added_rows(batch, there, drawn, extended)
+    keys = store.put["keys"]
+    assert list(named.columns[KEY]) == [*batch.keys, *keys] == list(made.keys)
+    fields = store.put["fields"]
+    uids = rows_of_verl.as_list(fields["uid"])
+    assert len({*uids, "u0", "u1"}) == 4 and [key.rsplit("_", 2)[0] for key in keys] == uids
+    assert rows_of_verl.as_list(fields[PROMPT]) == [-1, -1]
+    assert rows_of_verl.as_list(fields["multi_modal_inputs"]) == [{}, {}]
+    assert [row.tolist() for row in fields["prompts"].unbind()] == [[9], [9]]
+    assert named.of_kind("expert").tolist() == [False] * 4 + [True] * 2 and named.groups[4:].tolist() == [-1, -1]
+
+
+def test_rows_of_a_group_are_in_verls_group_and_those_of_a_new_one_in_one_of_their_own(store: Store) -> None:
+    batch, there, drawn = step_rows()
+    more = drawn.select(torch.tensor([3, 3, 1, 1, 1]))
+    more.columns[KEY] = [""] * 5
+    more = replace(more, groups=torch.tensor([1, 0, 5, 5, -1]))
+    _, named = rows.added_rows(batch, there, drawn, concatenate([drawn, more]))
+    uids = [key.rsplit("_", 2)[0] for key in named.columns[KEY][4:]]
+    assert uids[:2] == ["u1", "u0"] and uids[2] == uids[3] and len({*uids[2:], "u0", "u1"}) == 4
+    assert rows_of_verl.as_list(store.put["fields"][PROMPT]) == [1, 1, 0, 0, 0]
+
+
+def test_answers_to_prompts_outside_of_the_pool_have_no_column_of_the_row_that_stood_for_them() -> None:
+    known, count = pool(), 2
+    there = stored_rows(
+        [2, 1], extra_info=[{"level": 0}] * 2, extra_fields=[{"rlplugins__columns": {"hint": row}} for row in range(2)],
+        **{PROMPT: [-1, -1]},
+    )  # fmt: skip
+    made = rows_of_verl.to_rollouts(there, ["u0_0_0", "u1_0_0"], known.prompts, 2)
+    keys, none = torch.tensor([11, 12]), torch.full((count,), -1)
+    prompts = Prompts(keys, none, PromptTable(), ["a", "b"], Columns({"source": ["x", "y"]}))
+    asked = Requests.of(prompts, torch.tensor([1, 1]))
+    found = engine.as_asked(made, replace(asked, prompt=torch.tensor([1, 0])), score=False)
+    assert found.prompt_keys.tolist() == [12, 11] and found.prompt_rows.tolist() == [-1, -1]
+    assert found.groups.tolist() == [1, 0] and bool(found.scores.isnan().all())
+    assert set(found.columns) == {"hint", "source", KEY} and found.columns["source"] == ["y", "x"]
+    assert found.columns.written == {"hint"} and found.columns[KEY] == ["", ""]
+    of_pool = Requests.of(known.prompts.select(torch.tensor([2, 1])), torch.tensor([1, 1]))
+    found = engine.as_asked(made, of_pool, score=True)
+    assert found.prompt_keys.tolist() == known.prompts.keys[[2, 1]].tolist() and "level" in found.columns
+    assert found.scores.flatten().tolist() == [0.25, 0.25]
+
+
+def test_no_rows_can_be_added_to_some() -> None:
+    _, _, drawn = step_rows()
+    assert len(concatenate([drawn, completed(rows_of_verl.no_rows(), drawn)])) == 4
 
 
 def test_padding_rows_are_zero_in_every_column() -> None:

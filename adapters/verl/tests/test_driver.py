@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ from test_config import composed
 
 from rlplugins.errors import ConfigurationError, RlpluginsError, StackError, StateError
 from rlplugins.table import PromptTable
+from rlplugins.testing import make_rollouts
 from rlplugins_verl import driver, settings, worker
+from rlplugins_verl.columns import KEY
 from rlplugins_verl.cpu import launch
 from rlplugins_verl.pool import Pool
 
@@ -97,6 +100,23 @@ def test_an_engine_without_a_rule_for_logits_keeps_its_options(
 def test_the_separate_mode_is_refused_with_the_reason(registry: dict[str, Any], config: Callable[..., Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"rlplugins_separate_async.*rlplugins_sync"):
         registry["rlplugins_separate_async"](config("+rlplugins.plugins=[bapo]"))
+
+
+def test_rows_of_no_group_have_no_advantage_of_verls() -> None:
+    rollouts = make_rollouts([1.0, 0.0, 2.0], [0, 0, 1], lengths=[2, 1, 2])
+    rollouts = replace(rollouts, groups=torch.tensor([0, 0, -1]))
+    rows = [torch.full((size,), value) for size, value in ((2, 0.5), (1, -0.5), (2, 2.0))]
+    credit = driver.credit_of_verl(rollouts, torch.nested.as_nested_tensor(rows, layout=torch.jagged))
+    assert credit.advantages.tolist() == [[0.5, 0.5], [-0.5, 0.0], [0.0, 0.0]]
+    given = driver.for_verl(rollouts, credit, [2, 1, 2], excluded=True)
+    assert [row.tolist() for row in given["advantages"]] == [[0.5, 0.5], [-0.5], [0.0, 0.0]]
+
+
+def test_rows_that_fill_a_batch_are_units_of_their_own() -> None:
+    rollouts = SimpleNamespace(columns={KEY: ["a", "b", "c"]})
+    batch = SimpleNamespace(keys=["b", "pad1", "c", "a", "pad2"])
+    units = driver.WithPlugins._units(SimpleNamespace(rollouts=rollouts), batch, torch.tensor([0, 0, 1]))
+    assert units.tolist() == [0, -2, 1, 0, -5]
 
 
 # handshake

@@ -63,10 +63,13 @@ def test_an_empty_stack_is_plain_verl_bit_for_bit(tmp_path: Path) -> None:
 def test_every_hook_is_called_where_it_belongs(tmp_path: Path) -> None:
     probe = install_probe(tmp_path / "probe")
     notes = tmp_path / "notes.jsonl"
+    demonstrations = Path(__file__).with_name("demonstrations.jsonl")
     overrides = [
         "trainer.v1.trainer_mode=rlplugins_sync",
-        f"+rlplugins.plugins=[{{probe:{{log_file:{notes}}}}}]",
+        f"+rlplugins.plugins=[{{probe:{{log_file:{notes},demonstrations:{demonstrations}}}}}]",
         "actor_rollout_ref.actor.use_kl_loss=True",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=9",  # in which verl's own order would tear prompts
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=9",
         "trainer.test_freq=1",
         "trainer.val_before_train=True",
         "trainer.save_freq=2",
@@ -95,30 +98,55 @@ def test_every_hook_is_called_where_it_belongs(tmp_path: Path) -> None:
     plain = [length for length, draw in zip(first["hinted"], first["drawn"], strict=True) if draw != 0]
     assert min(hinted) > max(plain)  # rewrite_prompts
     prefixed = [size for size, draw in zip(first["prefix"], first["drawn"], strict=True) if draw == 1]
-    assert prefixed == [2] * 8 and sum(first["prefix"]) == 16
+    assert prefixed == [2] * 8 and sum(first["prefix"]) == 28
     starts = [tokens for tokens, draw in zip(first["start"], first["drawn"], strict=True) if draw == 1]
-    assert len({tuple(tokens) for tokens in starts}) == 1  # all of them begin with the same forced text
+    assert len({tuple(tokens[:2]) for tokens in starts}) == 1  # all of them begin with the same forced text
+    starts = [tokens for tokens, draw in zip(first["start"], first["drawn"], strict=True) if draw == 3]
+    assert starts == [[20, 21, 22]] * 4  # and these with the same forced tokens
     assert [draw == 2 for draw in first["drawn"]] == first["steered"]  # process_logits, with each request's numbers
     assert first["names"] == ["acc", "digits"] and min(first["difficulty"]) >= 0
     assert [set(entry["version"]) for entry in extended] == [{0}, {1}]
 
     assert all(entry["difference"] < 1e-4 for entry in seen("engine.log_probs"))  # the engine and the actor agree
+    for entry in seen("engine.given"):  # a right answer to a prompt of the pool, and one to a prompt that nobody has
+        assert entry["scores"] == [[1.0]] and entry["tokens"] == [len(entry["answer"]) + 1]
+        assert entry["lengths"] == [16] and entry["rows"] == [-1] and entry["log_probs"] == 0
     credit = seen("shape_advantages")[0]
-    assert credit["rows"] == 32 and credit["kind"].count(1) == 1  # an expert row came, one row went
-    assert credit["groups"].count(-1) == 1 and credit["entropy"] > 0
+    assert credit["rows"] == 32 and credit["kind"].count(1) == 2  # two expert rows came, two rows went
+    assert credit["groups"].count(-1) == 2 and credit["entropy"] > 0
+    asked = seen("engine.gradient_products")
+    assert [entry["rate"] for entry in asked] == [1e-3] * 2
+    assert all(entry["bend"] < 1e-6 and entry["norms"] < 1e-6 and entry["longest"] > 1e-3 for entry in asked)
+    assert all(0 < entry["part"] < 1 for entry in asked)
+    check_forward(seen("forward"))
     distances = [entry["reference"] for entry in seen("shape_advantages")]
     assert (
         max(distances) < 1e-4 < min(entry["moved"] for entry in ended)
     )  # reference_policy: `current` in the second step
-    assert [entry["rows"] for entry in ended] == [33, 33] and [entry["missing"] for entry in ended] == [1, 1]
+    assert [entry["rows"] for entry in ended] == [34, 34] and [entry["missing"] for entry in ended] == [2, 2]
+    assert ended[1]["loss"] < ended[0]["loss"]  # the plugin's own model learns
     assert [entry["step"] for entry in ended] == [0, 1] and [entry["steps"] for entry in ended] == [1, 2]
     assert [entry["validations"] for entry in seen("on_validation")] == [1, 2]  # not the one before the first step
 
     metrics = run.metrics[-1]
-    assert metrics["rlplugins/probe/rows"] == 33 and metrics["rlplugins/probe/expert_rows"] > 0
-    assert metrics["rollouts/kept"] == pytest.approx(32 / 33)
+    assert metrics["rlplugins/probe/rows"] == 34 and metrics["rlplugins/probe/expert_rows"] > 0
+    assert metrics["rollouts/kept"] == pytest.approx(32 / 34)
     state, _ = plugin_state(run, 2)
-    assert state["states"]["probe"] == {"steps": 2, "validations": 2}  # saved after the life hooks
+    assert state["states"]["probe"].keys() == {"steps", "validations", "V"}
+    assert [state["states"]["probe"][name] for name in ("steps", "validations")] == [2, 2]  # saved after the life hooks
+
+
+def check_forward(calls: list[dict[str, Any]]) -> None:
+    """What `probe` saw of its own forward: every pass of two steps, with the rows of a prompt together."""
+    assert {call["model"] for call in calls} == {"FSDPQwen2ForCausalLM"}
+    of_prompt = {backward: [size for call in calls if call["backward"] == backward for size in call["largest"]]
+                 for backward in (False, True)}  # fmt: skip
+    # two groups have 5 plain rows left and two have 4: old and reference log-probs of two steps, and twice three gradients
+    # and the update
+    assert [of_prompt[False].count(size) for size in (5, 4)] == [2 * 2 * 2] * 2
+    assert [of_prompt[True].count(size) for size in (5, 4)] == [2 * 7 * 2] * 2
+    assert max(call["rows"] for call in calls if call["backward"]) <= 16
+    assert max(call["rows"] for call in calls if not call["backward"]) <= 9
 
 
 def test_a_killed_run_with_vllm_goes_on_with_the_state_of_its_checkpoint(tmp_path: Path) -> None:
@@ -145,8 +173,16 @@ def test_a_killed_run_with_vllm_goes_on_with_the_state_of_its_checkpoint(tmp_pat
 
 def check_vllm(notes: list[dict[str, Any]]) -> None:
     """What `steer` saw: its rule of logits in vLLM, and the responses that it asked for."""
-    drawn, asked = ([note for note in notes if note["hook"] == hook] for hook in ("extend_rollouts", "engine.generate"))
-    assert len(drawn) == len(asked) >= 3
+    hooks = ("extend_rollouts", "engine.generate", "engine.given")
+    drawn, asked, given = ([note for note in notes if note["hook"] == hook] for hook in hooks)
+    assert len(drawn) == len(asked) == len(given) >= 3
+    for note in given:
+        assert note["start"][0] == [20, 21] and note["start"][2][0] == 5 and note["prefix"] == [2, 0, 1]
+        assert note["lengths"][0] <= 6 and note["lengths"][2] <= 8 and min(note["lengths"]) >= 1
+        assert note["given"] == [2, 1, 16] and note["same"] and note["log_probs"] == 0
+        assert (
+            note["scores"][0] >= 0.5 and note["scores"][1] == 0 and note["scores"][2] >= 0.5
+        )  # digits are half a point
     for note in drawn:
         assert note["forced"] == [draw == 1 for draw in draws(note["groups"])]
         assert note["difference"] < 1e-2  # the engine has the trained weights

@@ -1,18 +1,24 @@
 """What takes too long for every test run: `make test-long`."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from parity import free_port
 from test_runs import STACK, measured, plugin_state, weights
-from verl_runs import VerlRun, end_all, with_stack
+from verl_runs import SECONDS, VerlRun, end_all, install_probe, with_stack
 
+from rlplugins.judge import Judge, JudgeConfig
 from rlplugins_verl.cpu import launch, tiny
 
 pytestmark = pytest.mark.long
@@ -63,16 +69,87 @@ def training_workers(driver: int) -> list[int]:
 
 
 def test_prompts_ahead_of_the_updates_and_two_ranks_that_keep_groups_whole(tmp_path: Path) -> None:
-    """Prompts are chosen ahead of the updates; `p3o` raises if a micro-batch of either rank has less than a whole group."""
+    """Prompts are chosen ahead of the updates; `p3o` raises if a micro-batch of either rank has less than a whole group.
+
+    On the same ranks prompts that responses share are computed once, and gradients are asked for.
+    """
+    notes = tmp_path / "notes.jsonl"
     overrides = [
-        *with_stack("p3o", mode="colocate_async"), "trainer.save_freq=2", "trainer.test_freq=2",
-        "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+        *with_stack("p3o", "prefix-grouper", f"{{asking:{{log_file:{notes}}}}}", mode="colocate_async"),
+        "trainer.save_freq=2", "trainer.test_freq=2", "actor_rollout_ref.actor.use_kl_loss=True",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
     ]  # fmt: skip
-    folder = tiny.write(tmp_path / "run")
-    command = launch.command(folder, overrides, ranks=2, steps=3)
-    done = subprocess.run(command, cwd=folder, env=launch.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert (folder / "checkpoints" / "global_step_2" / "rlplugins" / "stack" / "state.json").exists()
+    run = VerlRun(tmp_path / "run", overrides, ranks=2, steps=3, probe=install_probe(tmp_path / "probe")).wait()
+    assert (run.state(2) / "state.json").exists()
+    asked = [json.loads(line) for line in notes.read_text().splitlines()]
+    assert len(asked) == 3 and all(entry["bend"] < 1e-6 and entry["longest"] > 1e-3 for entry in asked)
+    differences = [step["training/rollout_probs_diff_mean"] for step in run.metrics]
+    assert max(differences) < 0.05
+
+
+@pytest.fixture
+def judging(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """vLLM's own server with an interface like OpenAI's, on the tiny model; and its address."""
+    model, log, port = tiny.write(tmp_path / "judge") / "model", tmp_path / "judge.log", free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "judge",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "128",
+        "--max-num-seqs", "8", "--max-num-batched-tokens", "512",
+    ]  # fmt: skip
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            command, env=launch.environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        started = time.monotonic()
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() - started < SECONDS, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield server, f"http://127.0.0.1:{port}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait(60)
+
+
+def answers(url: str) -> bool:
+    """Whether somebody is there."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_judge_on_a_real_server_answers_until_it_is_gone(
+    judging: tuple[subprocess.Popen[bytes], str], tmp_path: Path
+) -> None:
+    server, url = judging
+    logged: list[tuple[str, float]] = []
+    config = JudgeConfig(
+        url=url, model="judge", parameters={"temperature": 0.0, "max_tokens": 8}, retries=1, timeout=30,
+        cache=tmp_path / "replies.db",
+    )  # fmt: skip
+
+    def ask(config: JudgeConfig, *questions: Any) -> list[str | None]:
+        logged.clear()
+        judge = Judge(config).logging(lambda name, value, weight=1.0: logged.append((name, float(value))))
+        return judge.ask(questions, str)
+
+    questions = ["1+2=", "3+4=", [{"role": "user", "content": "5+6="}], "1+2="]
+    first = ask(config, *questions)
+    assert None not in first and first[0] == first[3] and len("".join(map(str, first))) > 4
+    assert dict(logged)["judge/answered"] == 1 and dict(logged)["judge/cached"] == 0
+    assert ask(config.model_copy(update={"cache": None}), *questions) == first  # of the model, not of the cache
+    wrong = config.model_copy(update={"model": "nobody", "cache": None})
+    assert ask(wrong, "1+2=") == [None] and dict(logged)["judge/failed"] == 1
+
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait(60)
+    began = time.monotonic()
+    assert ask(config, *questions, "7+8=") == [*first, None]  # what was answered before is kept
+    assert dict(logged)["judge/failed"] == pytest.approx(1 / 5) and dict(logged)["judge/cached"] == pytest.approx(4 / 5)
+    assert time.monotonic() - began < 30
 
 
 def test_a_critic_learns_the_targets_of_the_stack(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import parity_plugins  # noqa: F401
 import pytest
 
-from rlplugins import bindings
+from rlplugins import Plugin, bindings, hookimpl, needs
 from rlplugins.ablation import external
 from rlplugins.defaults import BUILTINS
 from rlplugins.errors import ConfigurationError, RlpluginsError, StackError
@@ -105,6 +106,59 @@ def test_what_cannot_be_combined_is_refused_with_what_to_do(
     with pytest.raises(RlpluginsError) as refused:
         build(*plugins, **given)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"actor_rollout_ref__actor__strategy": "megatron"}, "`forward` is bound to verl's FSDP engines"),
+        ({"actor_rollout_ref__actor__ulysses_sequence_parallel_size": 2}, "actor.ulysses_sequence_parallel_size"),
+        ({"actor_rollout_ref__ref__ulysses_sequence_parallel_size": 2}, "ref.ulysses_sequence_parallel_size"),
+        ({"actor_rollout_ref__model__use_fused_kernels": True}, "use_fused_kernels=True"),
+        ({"actor_rollout_ref__actor__calculate_sum_pi_squared": True}, "calculate_sum_pi_squared"),
+        ({"actor_rollout_ref__actor__use_prefix_grouper": True}, "use_prefix_grouper=True does nothing"),
+        ({"distillation__enabled": True}, "distillation.enabled"),
+    ],
+)
+def test_settings_under_which_no_plugin_can_do_the_forward_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        build("plain-forward", **given)
+    assert said in str(refused.value)
+    build("knapsack", **given)
+
+
+def test_a_forward_alone_leaves_credit_and_loss_to_verl() -> None:
+    stack = build(
+        "plain-forward", actor_rollout_ref__actor__policy_loss__loss_mode="sapo", algorithm__adv_estimator="gdpo"
+    )
+    assert not settings.owns_credit(stack) and not settings.owns_loss(stack)
+
+
+@pytest.mark.parametrize("mode", settings.MODES)
+def test_gradients_are_those_of_the_loss_that_trains(mode: str) -> None:
+    assert settings.owns_loss(build("asking", mode=mode))
+    with pytest.raises(StackError, match=r"(?s)asking needs loss gradients.*strategy=fsdp2"):
+        build("asking", mode=mode, actor_rollout_ref__actor__strategy="megatron")
+    with pytest.raises(ConfigurationError, match="loss_mode=sapo has no counterpart"):
+        build("asking", mode=mode, actor_rollout_ref__actor__policy_loss__loss_mode="sapo")
+
+
+def test_a_plugin_that_can_do_without_gradients_leaves_the_loss_to_megatron() -> None:
+    class Optional(Plugin):
+        """Uses gradients where there are any."""
+
+        name = "optional"
+        needs = (needs.GRADIENTS.optional(), needs.TRAINABLE_MODEL)
+
+        @hookimpl
+        def shape_rewards(self, rewards: Any) -> Any:
+            return rewards
+
+    def owned(strategy: str) -> bool:
+        trainer = settings.declare(config(actor_rollout_ref__actor__strategy=strategy), "colocate_async")
+        return settings.owns_loss(Stack([Optional()], trainer=trainer))
+
+    assert owned("fsdp") and not owned("megatron")
 
 
 def test_spo_needs_the_engine_and_the_prompts_of_the_synchronous_mode() -> None:

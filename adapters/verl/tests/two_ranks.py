@@ -12,8 +12,9 @@ from rlplugins_verl.cpu.launch import environment
 os.environ.update(environment())
 
 import parity
+import parity_plugins
 import torch
-from test_parity import IDLE, STACKS
+from test_parity import IDLE, IDLE_SUFFIX, OTHERWISE, STACKS
 
 from rlplugins.testing.parity import STEPS, Case, draw
 
@@ -22,11 +23,14 @@ def main() -> None:
     folder, rank, port, output = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     side = parity.VerlSide(folder, rank, 2, port)
-    found: dict[str, list[dict]] = {}
-    for name, case in STACKS.items():
-        found[name] = list(steps(folder, side, replace(case, dense=True)))
+    found = {name: list(steps(folder, side, replace(case, dense=True))) for name, case in STACKS.items()}
     side.tokens = smaller_share(STACKS["p3o"])
-    found[IDLE] = list(steps(folder, side, replace(STACKS["p3o"], dense=True)))
+    for name in IDLE:
+        found[name + IDLE_SUFFIX] = list(steps(folder, side, replace(STACKS[name], dense=True)))
+    for suffix, (engine, names) in OTHERWISE.items():
+        side = parity.VerlSide(folder, rank, 2, port, **engine)
+        for name in names:
+            found[name + suffix] = list(steps(folder, side, replace(STACKS[name], dense=True)))
     if rank == 0:
         torch.save(found, output / "gradients.pt")
     torch.distributed.barrier()
@@ -34,14 +38,16 @@ def main() -> None:
 
 
 def steps(folder: Path, side: parity.VerlSide, case: Case) -> Iterator[dict[str, Any]]:
-    """Loss and gradient of each step."""
+    """Loss and gradient of each step, and what a plugin was told of gradients."""
+    parity_plugins.FOUND.clear()
     local = parity.local_side(folder, case)
     side.begin(case)
     for number in range(STEPS):
         drawn = draw(case, number, 259, parity.POOL)
         _, entropy = side.old_log_probs(drawn)
         made = side.step(drawn, number, entropy, local.old_log_probs(drawn), micro=4)
-        yield {"loss": made.loss, "gradient": made.gradient}
+        products = [(asked.products, asked.norms) for asked in parity_plugins.FOUND[number:]]
+        yield {"loss": made.loss, "gradient": made.gradient, "products": products[0] if products else None}
 
 
 def smaller_share(case: Case) -> int:

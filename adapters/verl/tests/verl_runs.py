@@ -20,6 +20,7 @@ STARTED: list[subprocess.Popen[bytes]] = []
 SLOW = "The current node timed out during startup"
 """What Ray says if its node takes more than 30 s."""
 PROBE = """[rlplugins]
+asking = rlplugins_probe:Asking
 probe = rlplugins_probe:Probe
 steer = rlplugins_probe:Steer
 """
@@ -33,7 +34,8 @@ class VerlRun:
         overrides: of verl.
         engine: `light` or `vllm`.
         steps: training steps.
-        probe: a folder with the plugins `probe` and `steer`, if the stack has one of them.
+        probe: a folder with the plugins `asking`, `probe` and `steer`, if the stack has one of them.
+        ranks: processes of the update.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class VerlRun:
         engine: str = "light",
         steps: int = 3,
         probe: Path | None = None,
+        ranks: int = 1,
     ) -> None:
         self.folder = tiny.write(folder)
         count = len(list(folder.glob("*.jsonl")))
@@ -51,7 +54,7 @@ class VerlRun:
         environment = launch.environment() | {"VERL_FILE_LOGGER_PATH": str(self.metrics_file)}
         if probe is not None:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(probe), os.environ.get("PYTHONPATH", "")]))
-        self.command = launch.command(folder, overrides, engine=engine, steps=steps)
+        self.command = launch.command(folder, overrides, engine=engine, steps=steps, ranks=ranks)
         self.environment, self.starts = environment, 0
         self._start()
 
@@ -134,7 +137,7 @@ def with_stack(*plugins: str, mode: str = "sync") -> list[str]:
 
 
 def install_probe(folder: Path) -> Path:
-    """The plugins `probe` and `steer` as an installed distribution inside `folder`."""
+    """The plugins `asking`, `probe` and `steer` as an installed distribution inside `folder`."""
     information = folder / "rlplugins_probe-0.1.dist-info"
     information.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("rlplugins_probe.py"), folder)
