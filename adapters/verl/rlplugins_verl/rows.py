@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
-from torch import Tensor
 
 from rlplugins.rollouts import Columns, Rollouts
 from rlplugins_verl.columns import KEY, PROMPT, padded, stored, values_of
@@ -26,12 +25,13 @@ def added_rows(batch: Any, there: Any, drawn: Rollouts, extended: Rollouts) -> t
     """
     place = {key: row for row, key in enumerate(drawn.columns[KEY])}
     own = [place.get(str(key), -1) for key in extended.columns[KEY]]
-    same = _unchanged(drawn, extended, torch.tensor(own, dtype=torch.int64))
+    drawn_so = _same_tokens(drawn, extended, own)
+    same = _unchanged(drawn, extended, own, drawn_so)
     keys = [str(key) if keep else "" for key, keep in zip(extended.columns[KEY], same, strict=True)]
     new = [row for row, key in enumerate(keys) if not key]
     if new:
         tags = dict(zip(batch.keys, batch.tags, strict=True))
-        made, fields, marks = _made(drawn, extended, new, own, there, tags)
+        made, fields, marks = _made(drawn, extended, new, own, drawn_so, there, tags)
         for row, key in zip(new, made, strict=True):
             keys[row] = key
         tq.kv_batch_put(keys=made, partition_id=batch.partition_id, fields=stored(fields, len(made)), tags=marks)
@@ -43,28 +43,33 @@ def added_rows(batch: Any, there: Any, drawn: Rollouts, extended: Rollouts) -> t
     return batch, replace(extended, columns=columns)
 
 
-def _unchanged(drawn: Rollouts, extended: Rollouts, own: Tensor) -> list[bool]:
-    """Which rows are those that were drawn, token by token; of several copies the first."""
-    known = own >= 0
-    source = own.clamp(min=0)
+def _same_tokens(drawn: Rollouts, extended: Rollouts, own: Sequence[int]) -> list[bool]:
+    """Which rows are the prompt and response that were drawn."""
+    source = torch.tensor(own, dtype=torch.int64)
+    known, source = source >= 0, source.clamp(min=0)
     width = max(drawn.mask.shape[1], extended.mask.shape[1])
     pairs = ((getattr(part, name) for part in (drawn, extended)) for name in ("responses", "mask"))
     for before, after in pairs:
         known = known & (padded(before, width)[source] == padded(after, width)).all(1)
-    scores = (drawn.scores[source] == extended.scores) | (drawn.scores[source].isnan() & extended.scores.isnan())
-    known = known & scores.flatten()
     prompts = [extended.prompts[row] == drawn.prompts[place] for row, place in enumerate(source.tolist())]
+    return [bool(known[row]) and same for row, same in enumerate(prompts)]
+
+
+def _unchanged(drawn: Rollouts, extended: Rollouts, own: Sequence[int], drawn_so: Sequence[bool]) -> list[bool]:
+    """Which rows are those that were drawn, with their scores; of several copies the first."""
+    before = drawn.scores[torch.tensor(own, dtype=torch.int64).clamp(min=0)]
+    scored = ((before == extended.scores) | (before.isnan() & extended.scores.isnan())).flatten().tolist()
     seen: set[int] = set()
     result = []
-    for row, place in enumerate(own.tolist()):
-        result.append(bool(known[row]) and prompts[row] and place not in seen)
+    for place, same, score in zip(own, drawn_so, scored, strict=True):
+        result.append(same and score and place not in seen)
         if result[-1]:
             seen.add(place)
     return result
 
 
 def _made(
-    drawn: Rollouts, extended: Rollouts, new: Sequence[int], own: Sequence[int], there: Any,
+    drawn: Rollouts, extended: Rollouts, new: Sequence[int], own: Sequence[int], drawn_so: Sequence[bool], there: Any,
     tags: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[str], dict[str, list[Any]], list[dict[str, Any]]]:  # fmt: skip
     """Keys, stored columns and tags of new rows; what plugins do not set is that of a row of the same prompt, or of any."""
@@ -87,9 +92,11 @@ def _made(
         ids = torch.cat([prompt, response])
         values = {
             "prompts": prompt, "responses": response, "response_mask": mask, "loss_mask": mask, "input_ids": ids,
-            "position_ids": torch.arange(len(ids)), "rm_scores": score, "rollout_log_probs": torch.zeros(size),
-            "attention_mask": torch.ones_like(ids), "uid": uids[row],
+            "position_ids": torch.arange(len(ids)), "rm_scores": score, "attention_mask": torch.ones_like(ids),
+            "uid": uids[row],
         }  # fmt: skip
+        if not drawn_so[row]:  # the engine has not drawn these tokens
+            values["rollout_log_probs"] = torch.zeros(size)
         if place < 0:  # of no prompt of the step
             values |= {PROMPT: -1, "multi_modal_inputs": {}}
         for name, column in pattern.items():

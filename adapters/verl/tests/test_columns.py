@@ -182,6 +182,16 @@ def test_rows_that_plugins_add_or_change_are_stored_under_keys_of_their_own(stor
     assert rows_of_verl.as_list(fields["uid"]) == ["u0", "u1"]
 
 
+def test_a_row_whose_score_alone_was_changed_keeps_what_the_engine_drew_it_with(store: Store) -> None:
+    batch, there, drawn = step_rows()
+    extended = replace(drawn.select(torch.tensor([0, 1, 2])), scores=torch.tensor([[0.5], [0.25], [0.75]]))
+    extended.responses[2, 0] = 99
+    _, named = rows.added_rows(batch, there, drawn, extended)
+    assert named.columns[KEY][1] == "u0_1_0" and len(store.put["keys"]) == 2
+    kept, other = store.put["fields"]["rollout_log_probs"].unbind()
+    assert kept.tolist() == [-1.0] * 3 and other.tolist() == [0.0] * 2
+
+
 def outside(rollouts: Rollouts, rows: int) -> Rollouts:
     """Rows of kind `expert` and no group, to prompts that are not of the pool."""
     made = rollouts.select(torch.zeros(rows, dtype=torch.int64)).unguarded()
