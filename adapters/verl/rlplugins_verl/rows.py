@@ -95,8 +95,8 @@ def _made(
             "position_ids": torch.arange(len(ids)), "rm_scores": score, "attention_mask": torch.ones_like(ids),
             "uid": uids[row],
         }  # fmt: skip
-        if not drawn_so[row]:  # the engine has not drawn these tokens
-            values["rollout_log_probs"] = torch.zeros(size)
+        kept = pattern.get("rollout_log_probs") if drawn_so[row] else None
+        values["rollout_log_probs"] = torch.zeros(size) if kept is None else kept[like][:size]
         if place < 0:  # of no prompt of the step
             values |= {PROMPT: -1, "multi_modal_inputs": {}}
         for name, column in pattern.items():
