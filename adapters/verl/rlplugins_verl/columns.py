@@ -18,16 +18,19 @@ from rlplugins.errors import DataError
 from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Rollouts, as_column, written_column
 
 PREFIX = "rlplugins__"
-PROMPT = f"{PREFIX}prompt"
-"""Column of a row: position of its prompt in the pool."""
-PLACE = f"{PREFIX}place"
-"""Column of a row: position of its prompt among all that were sent, over the whole run."""
+ORIGIN = f"{PREFIX}origin"
+"""Column of a row: position of its prompt among all that were sent, over the whole run, and in the pool (-1: not there)."""
 REQUESTS = f"{PREFIX}requests"
 """Column of a prompt: what hooks made of each of its requests, or None."""
-REAL = f"{PREFIX}real"
-"""Column of a row: whether it is one, and not there to fill a mini-batch."""
+NUMBERS = f"{PREFIX}numbers"
+"""Column of a row of an update: a 1 (0: it only fills a mini-batch), then the row's part of every column without tokens."""
 KEY = "_verl_key"
 """Column of the rollouts: verl's key of the row; empty for a row that a plugin made."""
+
+DRAWN = ("prompts", "responses", "response_mask", "rm_scores", "uid", "extra_fields", ORIGIN)
+"""The stored columns that make rollouts; `rollout_log_probs` comes to them where the stack reads it."""
+OF_UPDATE = {"mask": "response_mask", "old_log_probs": "old_log_probs", "ref_log_probs": "ref_log_prob"}
+"""Columns of an update that stand in verl's own of the name behind them, and need not be sent."""
 
 OF_VERL = frozenset(
     {"prompts", "responses", "response_mask", "loss_mask", "input_ids", "position_ids", "rollout_log_probs", "rm_scores",
@@ -94,14 +97,17 @@ def to_rollouts(
     mask = padded(stored["response_mask"]).bool()
     width = mask.shape[1]
     uids = as_list(stored["uid"])
-    position = torch.tensor([int(place) for place in as_list(stored[PROMPT])])
+    position = torch.tensor(prompts_of(stored))
     known = position >= 0
     groups = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
     extra = [dict(item or {}) for item in as_list(stored["extra_fields"])]
     components, names = components_of(extra)
     written = _written(extra)
     drawn = padded(stored["rollout_log_probs"], width).float() if "rollout_log_probs" in stored.keys() else None  # noqa: SIM118
-    columns = data_columns({name: stored[name] for name in stored.keys()}, rows)  # noqa: SIM118
+    if bool(known.all()):
+        columns = dict(pool.columns.take(position))
+    else:
+        columns = data_columns({name: stored[name] for name in stored.keys()}, rows)  # noqa: SIM118
     columns[KEY] = list(keys)
     return Rollouts(
         prompt_keys=torch.where(known, pool.keys[position.clamp(min=0)], 0),
@@ -120,6 +126,16 @@ def to_rollouts(
         prefix=prefix_of(extra, mask),
         columns=Columns(columns | written, frozenset(written)),
     )
+
+
+def places_of(stored: Any) -> list[int]:
+    """Of each stored row the position of its prompt among all that were sent."""
+    return [int(place) for place, _ in as_list(stored[ORIGIN])]
+
+
+def prompts_of(stored: Any) -> list[int]:
+    """Of each stored row the position of its prompt in the pool, -1 for one that is not in it."""
+    return [int(prompt) for _, prompt in as_list(stored[ORIGIN])]
 
 
 def no_rows(*, keep_log_probs: bool = False) -> Rollouts:
@@ -182,58 +198,104 @@ def order_of(keys: Sequence[str], places: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a column of an update stands in verl's store.
+
+    Attributes:
+        key: name of the stored column.
+        dtype: of the column; None: Python objects.
+        part: which of the numbers of a row it is, a slice if (B, n); None: it has one entry per token.
+    """
+
+    key: str
+    dtype: torch.dtype | None = None
+    part: int | slice | None = None
+
+
+@dataclass(frozen=True)
 class Packing:
     """How the columns of an update travel.
 
     Attributes:
-        layouts: per column `token` (jagged), `row` (B, n), `flat` (B,) or `objects`.
+        places: per column.
         width: T of the step.
     """
 
-    layouts: Mapping[str, str]
+    places: Mapping[str, Place]
     width: int
 
 
-def pack(columns: Mapping[str, Column]) -> tuple[dict[str, Any], Packing]:
-    """Columns of an update as TransferQueue stores them, B rows each; what is per token without its padding."""
+def pack(columns: Mapping[str, Column], there: Mapping[str, str] | None = None) -> tuple[dict[str, Any], Packing]:
+    """Columns of an update as TransferQueue stores them, B rows each.
+
+    What is per token goes without its padding. All other numbers of a row go together, since what the store costs is
+    per row and column.
+
+    Args:
+        columns: of B rows, `mask` among them.
+        there: columns that need not be sent, and the name under which verl's store has them.
+    """
     mask = columns["mask"]
     assert isinstance(mask, Tensor)
     width = mask.shape[1]
-    layouts = {name: _layout(name, column, width) for name, column in columns.items()}
     sizes = ((torch.arange(width) + 1) * mask.bool().cpu()).amax(1).clamp(min=1).tolist()
-    packed = {f"{PREFIX}{name}": _packed(column, layouts[name], sizes) for name, column in columns.items()}
-    return packed, Packing(layouts, width)
+    places: dict[str, Place] = {}
+    packed: dict[str, Any] = {}
+    numbers = [torch.ones((len(mask), 1), dtype=torch.int64)]
+    count = 1
+    for name, column in columns.items():
+        key = f"{PREFIX}{name}"
+        if not isinstance(column, Tensor):
+            places[name], packed[key] = Place(key), list(column)
+        elif name in (there or {}):
+            places[name] = Place((there or {})[name], column.dtype)
+        elif _has_tokens(name, column, width):
+            places[name] = Place(key, column.dtype)
+            packed[key] = [row[:size].clone() for row, size in zip(column.unbind(), sizes, strict=True)]
+        else:
+            bits = _bits(column.cpu())
+            part = count if column.dim() == 1 else slice(count, count + bits.shape[1])
+            places[name] = Place(NUMBERS, column.dtype, part)
+            numbers.append(bits)
+            count += bits.shape[1]
+    packed[NUMBERS] = list(torch.cat(numbers, 1).unbind())
+    return packed, Packing(places, width)
 
 
-def _layout(name: str, column: Column, width: int) -> str:
-    if not isinstance(column, Tensor):
-        return "objects"
-    if column.dim() == 1:
-        return "flat"
-    return "token" if column.shape[1] == width > 1 and name != "rewards" else "row"
+def _has_tokens(name: str, column: Tensor, width: int) -> bool:
+    return column.dim() > 1 and column.shape[1] == width > 1 and name != "rewards"
 
 
-def _packed(column: Column, layout: str, sizes: Sequence[int]) -> Any:
-    if not isinstance(column, Tensor):
-        return list(column)
-    if layout == "token":
-        return [row[:size].clone() for row, size in zip(column.unbind(), sizes, strict=True)]
-    return list((column[:, None] if layout == "flat" else column).clone().unbind())
+def _bits(column: Tensor) -> Tensor:
+    """(B, n) int64 that holds the numbers of a column (B,) or (B, n) exactly."""
+    column = column[:, None] if column.dim() == 1 else column
+    return column.double().view(torch.int64) if column.is_floating_point() else column.long()
+
+
+def real_rows(data: Mapping[str, Any]) -> Tensor:
+    """(n,) bool, which rows of an update are rows, and not there to fill a mini-batch."""
+    return padded(data[NUMBERS])[:, 0] > 0
 
 
 def unpack(data: Mapping[str, Any], packing: Packing, rows: Tensor, device: Any) -> dict[str, Column]:
     """The columns on a worker, of the rows `rows` (n,) of its mini-batch."""
-    return {name: _unpacked(data[f"{PREFIX}{name}"], layout, packing.width, rows, device)
-            for name, layout in packing.layouts.items()}  # fmt: skip
+    found = {name: _unpacked(data[place.key], place, packing.width, rows, device)
+             for name, place in packing.places.items()}  # fmt: skip
+    for name in OF_UPDATE.keys() & found.keys() - {"mask"}:
+        found[name] = found[name] * found["mask"]  # type: ignore[operator]
+    return found
 
 
-def _unpacked(column: Any, layout: str, width: int, rows: Tensor, device: Any) -> Column:
-    if layout == "objects":
+def _unpacked(column: Any, place: Place, width: int, rows: Tensor, device: Any) -> Column:
+    if place.dtype is None:
         items = as_list(column)
         return [items[row] for row in rows.tolist()]
-    dense = padded(column, width if layout == "token" else 0)
+    dense = padded(column, width if place.part is None else 0)
     dense = dense[rows.to(dense.device)].to(device)
-    return dense[:, 0] if layout == "flat" else dense
+    if place.part is None:
+        return dense.to(place.dtype)
+    bits = dense[:, place.part]
+    return (bits.view(torch.float64) if place.dtype.is_floating_point else bits).to(place.dtype)
 
 
 def stored(rows: Mapping[str, list[Any]], count: int) -> TensorDict:

@@ -41,7 +41,7 @@ from rlplugins.table import PromptTable
 from rlplugins.together import units_of
 from rlplugins_verl import columns as rows_of_verl
 from rlplugins_verl import settings, together, worker
-from rlplugins_verl.columns import KEY, PLACE, PROMPT, REAL, REQUESTS, padded
+from rlplugins_verl.columns import DRAWN, KEY, OF_UPDATE, ORIGIN, REQUESTS, padded
 from rlplugins_verl.engine import VerlEngine
 from rlplugins_verl.pool import Pool
 from rlplugins_verl.rollout import AGENT, INNER, bind_agent_loop, requests_of
@@ -222,8 +222,7 @@ class WithPlugins:
             names = rows_of_verl.as_list(batch["agent_name"]) if "agent_name" in batch else [inner] * count
             tu.assign_non_tensor_stack(batch, INNER, names)
             tu.assign_non_tensor_stack(batch, "agent_name", [AGENT] * count)
-        tu.assign_non_tensor_stack(batch, PROMPT, positions)
-        tu.assign_non_tensor_stack(batch, PLACE, list(range(self.places, self.places + count)))
+        tu.assign_non_tensor_stack(batch, ORIGIN, list(enumerate(positions, start=self.places)))
         self.places += count
 
     def _requests(self, prompts: Prompts, counts: Tensor) -> list[list[dict[str, Any]]]:
@@ -250,11 +249,12 @@ class WithPlugins:
 
     def _after_generation(self, batch: Any) -> Any:
         """The batch without dropped rows and with added ones; `self.rollouts` are its rows in the order of prompt and draw."""
-        places = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[PLACE])[PLACE]
-        order = rows_of_verl.order_of(batch.keys, [int(place) for place in rows_of_verl.as_list(places)])
-        keys = [batch.keys[row] for row in order]
-        stored = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id)
+        from verl.utils import tensordict_utils as tu
+
         keep = self.stack.needs("column", "rollout_log_probs")
+        stored = self._stored(batch, [*DRAWN, *(["rollout_log_probs"] if keep else [])])
+        order = rows_of_verl.order_of(batch.keys, rows_of_verl.places_of(stored))
+        keys, stored = [batch.keys[row] for row in order], tu.index_select_tensor_dict(stored, order)
         drawn = rows_of_verl.to_rollouts(stored, keys, self.pool.prompts, self.global_steps - 1, keep_log_probs=keep)
         rollouts = drawn
         if self.stack.claims("extend_rollouts"):
@@ -263,6 +263,15 @@ class WithPlugins:
         rollouts = self.stack.filter_rollouts(rollouts) if len(rollouts) else rollouts
         self.rollouts, self.credit = rollouts, None
         return self._only(batch, rollouts.columns[KEY] if len(rollouts) else [])
+
+    def _stored(self, batch: Any, wanted: Sequence[str]) -> Any:
+        """These columns of the batch; all, if rows will be made like its own or a prompt is not of the pool."""
+        extends = self.stack.claims("extend_rollouts")
+        options = {} if extends else {"select_fields": list(wanted)}
+        stored = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, **options)
+        if not extends and min(rows_of_verl.prompts_of(stored)) < 0:
+            stored = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id)
+        return stored
 
     def _only(self, batch: Any, keys: Any) -> Any:
         """The batch with these rows; one that only fills it, if there are none."""
@@ -339,9 +348,10 @@ class WithPlugins:
             given = for_verl(self.rollouts, self.credit, sizes, excluded=not self.owns_loss)
             found |= given if self.owns_credit else {"advantages": given["advantages"]}
         if self.owns_loss or self.owns_critic:
-            packed, self.packing = rows_of_verl.pack(self.stack.update_columns(self.rollouts, self.credit))
+            columns = self.stack.update_columns(self.rollouts, self.credit)
+            # verl's own mask leaves out what its own loss must not see
+            packed, self.packing = rows_of_verl.pack(columns, OF_UPDATE if self.owns_loss else None)
             found |= packed
-            found[REAL] = list(torch.ones((len(keys), 1)).unbind())
         place = {key: row for row, key in enumerate(keys)}
         fill = {name: rows_of_verl.filler(values) for name, values in found.items()}
         complete = {

@@ -18,7 +18,7 @@ from rlplugins.errors import RlpluginsError, ServiceError
 from rlplugins.rollouts import Columns, Requests, Rollouts, Sampling, take, texts_of
 from rlplugins.services import Gradients
 from rlplugins_verl import gradients
-from rlplugins_verl.columns import KEY, PLACE, PROMPT, REQUESTS, no_rows, order_of, padded, stored, to_rollouts
+from rlplugins_verl.columns import KEY, ORIGIN, REQUESTS, no_rows, order_of, padded, stored, to_rollouts
 from rlplugins_verl.pool import POSITION
 from rlplugins_verl.rollout import AGENT, GIVEN, INNER, SCORED, requests_of
 from rlplugins_verl.settings import ranks
@@ -113,7 +113,7 @@ class VerlEngine:
         inner = trainer.config.actor_rollout_ref.rollout.agent.default_agent_loop
         columns = {
             REQUESTS: made, INNER: [inner] * count, "agent_name": [AGENT] * count, "__rollout_n__": [1] * count,
-            PROMPT: places, PLACE: list(range(count)),
+            ORIGIN: list(enumerate(places)),
         }  # fmt: skip
         for name, values in columns.items():
             tu.assign_non_tensor_stack(batch, name, values)

@@ -20,7 +20,7 @@ from rlplugins.rollouts import Rollouts
 from rlplugins.services import Gradients, chosen_parameters
 from rlplugins.stack import Stack
 from rlplugins.together import units_of
-from rlplugins_verl.columns import PREFIX, REAL, Packing, pack, stored, values_of
+from rlplugins_verl.columns import NUMBERS, Packing, pack, stored, values_of
 from rlplugins_verl.together import UNIT, spread
 from rlplugins_verl.worker import Frame, MiniBatchUpdate, actor_of
 
@@ -70,10 +70,10 @@ def shares(
     together = stack.needs("together")
     units = units_of(stack, plain, plain.groups) if together else torch.arange(len(plain))
     rows = {name: values_of(there[name]) for name in INPUTS if name in there.keys()} | packed  # noqa: SIM118
-    rows |= {REAL: list(torch.ones(len(plain), 1).unbind()), UNIT: list(units[:, None].unbind())}
+    rows[UNIT] = list(units[:, None].unbind())
     shared, number = stack.step.shared_by_all(), stack.step.number
-    layouts = {name: packing.layouts[name] for name in columns}
-    own = [{**layouts, ADVANTAGES: packing.layouts[_numbered(k)]} for k in range(len(advantages))]
+    places = {name: packing.places[name] for name in columns}
+    own = [{**places, ADVANTAGES: packing.places[_numbered(k)]} for k in range(len(advantages))]
     frames = [Frame(number, plain.kinds, shared, Packing(layout, packing.width)) for layout in own]
     options = {"temperature": temperature, "calculate_entropy": stack.takes("entropy", "update")}
     parts = spread(units, torch.tensor([len(ids) for ids in rows["input_ids"]]), ranks)
@@ -88,7 +88,7 @@ def _rows(rows: Mapping[str, list[Any]], part: Sequence[int]) -> dict[str, list[
     """The rows of one rank; one that counts nowhere, if it has none."""
     if part:
         return {name: [values[row] for row in part] for name, values in rows.items()}
-    return {name: [torch.zeros(1) if name == REAL else values[0]] for name, values in rows.items()}
+    return {name: [torch.zeros_like(values[0]) if name == NUMBERS else values[0]] for name, values in rows.items()}
 
 
 def on_worker(worker: Any, share: Share) -> Gradients:
@@ -116,8 +116,7 @@ def products(actor: Any, update: MiniBatchUpdate, share: Share) -> Gradients:
     squares: list[Tensor] = []
     try:
         with engine.train_mode():
-            for k, frame in enumerate(share.frames):
-                data[f"{PREFIX}{ADVANTAGES}"] = data[f"{PREFIX}{_numbered(k)}"]
+            for frame in share.frames:
                 engine.optimizer_zero_grad()
                 with _random_numbers_kept():
                     update.backward(data, frame)
@@ -133,7 +132,7 @@ def _data(actor: Any, share: Share) -> Any:
     """The rows as verl's engine takes them."""
     from verl.utils import tensordict_utils as tu
 
-    data = stored(share.rows, len(share.rows[REAL]))
+    data = stored(share.rows, len(share.rows[NUMBERS]))
     config = actor.engine_config
     options = {
         "use_remove_padding": actor.model_config.get("use_remove_padding", False),

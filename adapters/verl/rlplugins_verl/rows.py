@@ -11,7 +11,7 @@ import torch
 import transfer_queue as tq
 
 from rlplugins.rollouts import Columns, Rollouts
-from rlplugins_verl.columns import KEY, PROMPT, padded, stored, values_of
+from rlplugins_verl.columns import KEY, ORIGIN, padded, stored, values_of
 
 
 def added_rows(batch: Any, there: Any, drawn: Rollouts, extended: Rollouts) -> tuple[Any, Rollouts]:
@@ -98,7 +98,7 @@ def _made(
         kept = pattern.get("rollout_log_probs") if drawn_so[row] else None
         values["rollout_log_probs"] = torch.zeros(size) if kept is None else kept[like][:size]
         if place < 0:  # of no prompt of the step
-            values |= {PROMPT: -1, "multi_modal_inputs": {}}
+            values |= {ORIGIN: (-1, -1), "multi_modal_inputs": {}}
         for name, column in pattern.items():
             fields[name].append(values.get(name, column[like]))
         made.append(f"{uids[row]}_{10_000 + number}_0")

@@ -21,7 +21,7 @@ from rlplugins.errors import ConfigurationError
 from rlplugins.stack import Stack
 from rlplugins.steps import Metrics
 from rlplugins.update import Loss, MiniBatch, moved
-from rlplugins_verl.columns import PREFIX, REAL, Packing, padded, unpack
+from rlplugins_verl.columns import PREFIX, Packing, padded, real_rows, unpack
 from rlplugins_verl.forward import HookedForward
 from rlplugins_verl.settings import needs_whole_units
 from rlplugins_verl.together import ROW, WholeUnits
@@ -92,7 +92,7 @@ class MiniBatchUpdate:
 
         if frame.step != self.step:
             self.step, self.optimiser_steps = frame.step, 0
-        real = padded(data[REAL])[:, 0] > 0
+        real = real_rows(data)
         data[ROW] = torch.where(real, real.cumsum(0) - 1, -1)
         rows = real.nonzero().flatten()
         columns = unpack(data, frame.packing, rows, get_device_id())

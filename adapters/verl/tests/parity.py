@@ -156,10 +156,12 @@ class VerlSide:
         sizes = response_lengths(rollouts)
         fields = sequences(rollouts) | for_verl(rollouts, credit, sizes, excluded=not settings.owns_loss(stack))
         fields["old_log_probs"] = [row[:size] for row, size in zip(old, sizes, strict=True)]
+        if "ref_log_prob" in passes:
+            fields["ref_log_prob"] = list(passes["ref_log_prob"].unbind())
         frame = None
         if settings.owns_loss(stack):
-            packed, packing = rows_of_verl.pack(stack.update_columns(rollouts, credit))
-            fields |= packed | {rows_of_verl.REAL: list(torch.ones(rows, 1).unbind())}
+            packed, packing = rows_of_verl.pack(stack.update_columns(rollouts, credit), rows_of_verl.OF_UPDATE)
+            fields |= packed
             frame = Frame(number, rollouts.kinds, stack.step.shared_by_all(), packing)
         if stack.needs("together"):
             units = torch.cat([units_of(stack, rollouts, credit.groups), -1 - torch.arange(padding)])
@@ -286,7 +288,7 @@ def generated(drawn: Drawn) -> Any:
             {"reward_extra_info": {f"part{place}": value for place, value in enumerate(row)}}
             for row in drawn.components.tolist()
         ],
-        rows_of_verl.PROMPT: drawn.prompt.tolist(), rows_of_verl.PLACE: list(range(rows)),
+        rows_of_verl.ORIGIN: list(enumerate(drawn.prompt.tolist())),
         "extra_info": [{"difficulty": (int(place) // 10 + int(place) % 10) / 18} for place in drawn.prompt],
     }  # fmt: skip
     return rows_of_verl.stored(sequences(drawn) | {"rm_scores": scores} | objects, rows)

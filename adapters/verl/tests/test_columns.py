@@ -14,7 +14,7 @@ from rlplugins.table import PromptTable
 from rlplugins.testing import make_rollouts
 from rlplugins_verl import columns as rows_of_verl
 from rlplugins_verl import engine, rows
-from rlplugins_verl.columns import KEY, PLACE, PROMPT
+from rlplugins_verl.columns import KEY, ORIGIN
 from rlplugins_verl.pool import Pool
 from rlplugins_verl.worker import decoded, encoded
 
@@ -30,7 +30,7 @@ def stored_rows(sizes: list[int], **further: Any) -> Any:
         "rm_scores": [torch.cat([torch.zeros(size - 1), torch.tensor([0.25])]) for size in sizes],
         "rollout_log_probs": [torch.full((size,), -1.0) for size in sizes],
         "uid": [f"u{row // 2}" for row in range(count)], "extra_fields": [{} for _ in sizes],
-        PROMPT: [row // 2 for row in range(count)], PLACE: list(range(count)),
+        ORIGIN: [(row, row // 2) for row in range(count)],
     }  # fmt: skip
     return rows_of_verl.stored(fields | further, count)
 
@@ -50,8 +50,7 @@ def test_stored_rows_become_rollouts() -> None:
         {"reward_extra_info": {"acc": 1}},
         {},
     ]
-    info = [{"level": row} for row in range(4)]
-    there = stored_rows([3, 1, 2, 2], extra_fields=extra, extra_info=info)
+    there = stored_rows([3, 1, 2, 2], extra_fields=extra)
     found = rows_of_verl.to_rollouts(
         there, ["u0_0_0", "u0_1_0", "u1_0_0", "u1_1_0"], pool().prompts, 2, keep_log_probs=True
     )
@@ -64,8 +63,16 @@ def test_stored_rows_become_rollouts() -> None:
     assert found.components[1, 0].isnan()
     assert found.version.tolist() == [4, 2, 2, 2]
     assert found.prefix.tolist()[1] == [True, False, False] and int(found.prefix.sum()) == 1
-    assert torch.equal(torch.as_tensor(found["level"]), torch.arange(4))  # from extra_info
+    assert found["level"].tolist() == [0, 0, 1, 1] and found["data_source"] == ["x"] * 4  # of the prompts
     assert found["hint"] == [None, 3, None, None] and "hint" in found.columns.written
+
+
+def test_rows_of_a_prompt_that_the_pool_has_not_bring_their_columns() -> None:
+    info = [{"level": row + 5} for row in range(2)]
+    there = stored_rows([1, 1], extra_info=info, data_source=["y", "z"], **{ORIGIN: [(0, 1), (1, -1)]})
+    found = rows_of_verl.to_rollouts(there, ["u0_0_0", "u0_1_0"], pool().prompts, 0)
+    assert found["level"].tolist() == [5, 6] and found["data_source"] == ["y", "z"]
+    assert found.prompt_rows.tolist() == [1, -1] and found.prompt_keys.tolist() == [int(pool().prompts.keys[1]), 0]
 
 
 def test_rows_are_in_the_order_of_prompt_and_draw_whatever_order_they_finished_in() -> None:
@@ -75,7 +82,8 @@ def test_rows_are_in_the_order_of_prompt_and_draw_whatever_order_they_finished_i
         rows_of_verl.order_of(["a_0_0", "a_0_1"], [0, 0])
 
 
-def test_columns_of_the_update_come_back_as_they_were() -> None:
+@pytest.mark.parametrize("sent_by_verl", [False, True])
+def test_columns_of_the_update_come_back_as_they_were(sent_by_verl: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(5) < torch.tensor([5, 2, 0, 3])[:, None]
     columns = {
@@ -83,9 +91,24 @@ def test_columns_of_the_update_come_back_as_they_were() -> None:
         "token_weights": torch.rand(4, 5, generator=generator) * mask, "kind": torch.zeros(4, dtype=torch.int8),
         "rewards": torch.tensor([[1.0, torch.nan, 2.0, 0.0, 0.0]] * 4), "note": ["a", "b", "c", "d"],
         "segments": torch.where(mask, 1, 0), "wide": torch.randn(4, 3, generator=generator),
+        "prompt_keys": torch.tensor([2**63 - 1, -(2**63), 2**53 + 1, 0]), "flag": torch.tensor([True, False, True, True]),
+        "exact": torch.tensor([0.1, -0.0, torch.inf, 1e-320], dtype=torch.float64),
+        "half": torch.tensor([[0.1], [-3.0], [0.0], [7e4]], dtype=torch.bfloat16),
+        "old_log_probs": torch.randn(4, 5, generator=generator) * mask,
     }  # fmt: skip
-    packed, packing = rows_of_verl.pack(columns)
-    there = rows_of_verl.stored(packed, 4)
+    lengths = [5, 4, 3, 3]  # verl's own columns are as long as the responses, and hold something at every token
+    of_verl = {
+        "response_mask": [row[:size].long() for row, size in zip(mask, lengths, strict=True)],
+        "old_log_probs": [
+            torch.where(own, row, 9.0)[:size]
+            for own, row, size in zip(mask, columns["old_log_probs"], lengths, strict=True)
+        ],
+    }
+    packed, packing = rows_of_verl.pack(columns, rows_of_verl.OF_UPDATE if sent_by_verl else None)
+    sent = {name for name in packed if torch.is_tensor(packed[name][0])}
+    twice = set() if sent_by_verl else {"rlplugins__mask", "rlplugins__old_log_probs"}
+    assert sent == {"rlplugins__token_weights", "rlplugins__segments", rows_of_verl.NUMBERS} | twice
+    there = rows_of_verl.stored({**packed, **of_verl}, 4)
     wanted = torch.tensor([0, 1, 3])
     found = rows_of_verl.unpack(there, packing, wanted, "cpu")
     for name, column in columns.items():
@@ -214,7 +237,7 @@ def test_rows_of_prompts_that_the_step_has_not_are_alone_in_verls_store(store: S
     fields = store.put["fields"]
     uids = rows_of_verl.as_list(fields["uid"])
     assert len({*uids, "u0", "u1"}) == 4 and [key.rsplit("_", 2)[0] for key in keys] == uids
-    assert rows_of_verl.as_list(fields[PROMPT]) == [-1, -1]
+    assert rows_of_verl.prompts_of(fields) == [-1, -1]
     assert rows_of_verl.as_list(fields["multi_modal_inputs"]) == [{}, {}]
     assert [row.tolist() for row in fields["prompts"].unbind()] == [[9], [9]]
     assert named.of_kind("expert").tolist() == [False] * 4 + [True] * 2 and named.groups[4:].tolist() == [-1, -1]
@@ -228,14 +251,14 @@ def test_rows_of_a_group_are_in_verls_group_and_those_of_a_new_one_in_one_of_the
     _, named = rows.added_rows(batch, there, drawn, concatenate([drawn, more]))
     uids = [key.rsplit("_", 2)[0] for key in named.columns[KEY][4:]]
     assert uids[:2] == ["u1", "u0"] and uids[2] == uids[3] and len({*uids[2:], "u0", "u1"}) == 4
-    assert rows_of_verl.as_list(store.put["fields"][PROMPT]) == [1, 1, 0, 0, 0]
+    assert rows_of_verl.prompts_of(store.put["fields"]) == [1, 1, 0, 0, 0]
 
 
 def test_answers_to_prompts_outside_of_the_pool_have_no_column_of_the_row_that_stood_for_them() -> None:
     known, count = pool(), 2
     there = stored_rows(
         [2, 1], extra_info=[{"level": 0}] * 2, extra_fields=[{"rlplugins__columns": {"hint": row}} for row in range(2)],
-        **{PROMPT: [-1, -1]},
+        **{ORIGIN: [(0, -1), (1, -1)]},
     )  # fmt: skip
     made = rows_of_verl.to_rollouts(there, ["u0_0_0", "u1_0_0"], known.prompts, 2)
     keys, none = torch.tensor([11, 12]), torch.full((count,), -1)
@@ -263,3 +286,6 @@ def test_padding_rows_are_zero_in_every_column() -> None:
     filler = rows_of_verl.filler(packed["rlplugins__mask"])
     assert filler.tolist() == [False]  # as long as the response that verl gives such a row
     assert rows_of_verl.filler(packed["rlplugins__note"]) == "a"
+    numbers = [*packed[rows_of_verl.NUMBERS], rows_of_verl.filler(packed[rows_of_verl.NUMBERS])]
+    there = rows_of_verl.stored({rows_of_verl.NUMBERS: numbers}, 3)
+    assert rows_of_verl.real_rows(there).tolist() == [True, True, False]
