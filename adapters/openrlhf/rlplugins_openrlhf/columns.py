@@ -25,6 +25,8 @@ START = f"{PREFIX}start"
 """Tokens of the row's prompt, in the update."""
 REAL = f"{PREFIX}real"
 """Whether a row is one, and not there to fill a mini-batch."""
+FRAME = f"{PREFIX}frame"
+"""What the mini-batches of the row's step need beside their rows."""
 MEASURED = ("response_clip_ratio", "reward", "score")
 """What OpenRLHF itself writes into `info` of a sample; the rest is what the reward function logs."""
 

@@ -40,7 +40,7 @@ from rlplugins.table import PromptTable
 from rlplugins.together import packed
 from rlplugins_openrlhf import columns as rows_of_openrlhf
 from rlplugins_openrlhf import gradients, rollout, settings, worker
-from rlplugins_openrlhf.columns import REAL
+from rlplugins_openrlhf.columns import FRAME, REAL
 from rlplugins_openrlhf.engine import OpenRLHFEngine
 from rlplugins_openrlhf.pool import Pool, PoolPrompt, Request
 
@@ -410,14 +410,14 @@ class TrainingRun(Generation):
         assert self.credit is not None
         columns = self.stack.update_columns(self.rollouts, self.credit)
         packing = rows_of_openrlhf.Packing.of(columns)
+        frame = worker.Frame(self.done, self.rollouts.kinds, self.stack.step.shared_by_all(), packing)
         starts = torch.tensor([len(prompt) for prompt in self.rollouts.prompts])
         for experience in experiences:
             rows = torch.tensor(experience.index)
             first = starts[rows.clamp(max=len(starts) - 1)]
             experience.info |= rows_of_openrlhf.packed(columns, packing, rows, first)
+            experience.info[FRAME] = [[frame]] * len(rows)  # one object, and sent as one
         rows_of_openrlhf.level(experiences)
-        frame = worker.Frame(self.done, self.rollouts.kinds, self.stack.step.shared_by_all(), packing)
-        self.everywhere(worker.open_step, frame)
         if units is None:
             return self.dealt(experiences)
         ordered = whole(units, len(samples), size) if self.must_keep_together else side_by_side(units, len(samples))
@@ -460,13 +460,6 @@ class TrainingRun(Generation):
         if len(counts) % share == 0 and len(set(counts)) == 1:
             return experiences
         return recut(experiences, sum(counts) // share)
-
-    def everywhere(self, function: Callable[..., Any], *given: Any) -> list[Any]:
-        """Call a function in every process whose loss the stack computes."""
-        groups = [(self.trainer.actor_model_group, self.owns_loss), (self.trainer.critic_model_group, self.owns_critic)]
-        handles = [item for group, bound in groups if group is not None and bound for item in group._actor_handlers]
-        refs = [ray.put(item) for item in given]  # sent once
-        return ray.get([handle.__ray_call__.remote(function, *refs) for handle in handles])  # type: ignore[no-any-return]
 
     def make_passes(self, original: Callable[..., Any], samples_list: list[Any]) -> list[Any]:
         """The log-prob passes over the rows; their entropies, where the stack reads them, become a column of `info`."""

@@ -25,7 +25,7 @@ from rlplugins.steps import Metrics
 from rlplugins.update import Loss, MiniBatch, moved
 from rlplugins_openrlhf import columns as rows_of_openrlhf
 from rlplugins_openrlhf import forward, gradients
-from rlplugins_openrlhf.columns import REAL, START, Packing, to_responses
+from rlplugins_openrlhf.columns import FRAME, REAL, START, Packing, to_responses
 from rlplugins_openrlhf.settings import loss_values
 
 WINDOWS = "iter_grad_accum_global_norm"
@@ -102,7 +102,6 @@ class Update:
         self.stack = stack
         self.trainer = trainer
         self.strategy = trainer.strategy
-        self.frame: Frame | None = None
         self.micro: Micro | None = None
         self.metrics = Metrics()
         self.optimiser_steps = 0
@@ -119,11 +118,11 @@ class Update:
         self, original: Callable[..., Any], items: Iterable[Any], strategy: Any, size: int, mask_of: Callable[..., Any]
     ) -> Iterator[tuple[Any, Any]]:
         """OpenRLHF's micro-batches with its normalisers; those of a mini-batch that counts nowhere are left out."""
-        if self.frame is None:
-            yield from original(items, strategy, size, mask_of)
-            return
         for window in in_parts(items, max(1, int(size))):
-            micros, weightless = self.open(window, self.frame)
+            if FRAME not in window[0].info:  # rows on which the stack has no say
+                yield from original(iter(window), strategy, size, mask_of)
+                continue
+            micros, weightless = self.open(window)
             self.metrics.log("rlplugins/update_skipped", float(weightless))
             if weightless:
                 continue
@@ -133,9 +132,10 @@ class Update:
             self.optimiser_steps += 1
         self.micro = None
 
-    def open(self, window: Sequence[Any], frame: Frame) -> tuple[dict[int, Micro], bool]:
+    def open(self, window: Sequence[Any]) -> tuple[dict[int, Micro], bool]:
         """The mini-batch of these micro-batches after `prepare_mini_batch`, and whether it counts nowhere."""
         infos = [rows_of_openrlhf.taken(item.info) for item in window]
+        frame: Frame = infos[0][FRAME][0][0]
         device = device_of(self.strategy)
         columns = rows_of_openrlhf.unpacked(infos, frame.packing, device)
         parts, last = [], 0
@@ -180,12 +180,12 @@ class Update:
         actor.train()
         return torch.where(mask, torch.cat(found), 0.0)
 
-    @property
+    @functools.cached_property
     def ranks(self) -> int:
         """Processes that share the mini-batch."""
         return int(torch.distributed.get_world_size(self.group))
 
-    @property
+    @functools.cached_property
     def group(self) -> Any:
         """Their group."""
         return self.strategy.ds_device_mesh["dp"].get_group()
@@ -406,11 +406,6 @@ def bind(worker: Any, binding: Binding) -> dict[str, Any]:
         worker.rlplugins_entropies = Entropies()
         worker.rlplugins_entropies.bind(worker.actor)
     return {"fingerprint": stack.fingerprint, **versions()}
-
-
-def open_step(worker: Any, frame: Frame) -> None:
-    """The frame of the step whose rows this process has been given."""
-    worker.rlplugins_update.frame = frame
 
 
 def gradient_products(worker: Any, asked: gradients.Asked) -> Gradients:

@@ -210,8 +210,6 @@ class OpenRLHFSide:
         ]
         for experience in mine:
             trainer.replay_buffer.append(experience)
-        if run.owns_loss:
-            run.worker.rlplugins_update.frame = run.frame
         status = trainer.ppo_train(0.0)
         trainer.replay_buffer.clear()
         rollouts = run.rollouts
@@ -233,17 +231,11 @@ class Run(TrainingRun):
     rank: int
     drawn: Drawn
     extended: Any = None
-    frame: Any = None
     entropies: dict[int, Tensor]
 
     def planned_steps(self) -> int:
         """As the local trainer plans them."""
         return STEPS
-
-    def everywhere(self, function: Any, *given: Any) -> list[Any]:
-        """Keep what the ranks would be told."""
-        self.frame = given[0]
-        return []
 
     def after_generation(self, samples: list[Any]) -> list[Any]:
         """The rows as they were drawn, or what a test makes of them in the place of `extend_rollouts`."""
