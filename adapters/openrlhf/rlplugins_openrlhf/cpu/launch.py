@@ -11,6 +11,8 @@ from pathlib import Path
 from rlplugins_openrlhf.cpu import tiny
 
 SITE = Path(__file__).parent / "site"
+PROMPTS = 4
+"""Of a step."""
 
 
 def environment(base: Mapping[str, str] | None = None, gpus: int = 3) -> dict[str, str]:
@@ -45,15 +47,22 @@ def flags(folder: Path, *, ranks: int = 1, steps: int = 3) -> list[str]:
     Args:
         folder: with the model and the data (`tiny.write`); the checkpoints go to `folder/checkpoints`.
         ranks: processes of the update.
-        steps: training steps, of 4 prompts with 4 responses each.
+        steps: training steps, of 4 prompts with 4 responses each; more than an episode has must be whole episodes.
+
+    Raises:
+        ValueError: if they are not.
     """
+    episodes = -(-PROMPTS * steps // tiny.TRAIN)
+    prompts = PROMPTS * steps // episodes
+    if PROMPTS * steps != prompts * episodes or (episodes > 1 and prompts != tiny.TRAIN):
+        raise ValueError(f"{steps} steps of {PROMPTS} prompts are no whole number of episodes of {tiny.TRAIN}")
     return [
         "--actor.model_name_or_path", str(folder / "model"),
         "--reward.remote_url", tiny.__file__,
         "--data.prompt_dataset", str(folder / "train.jsonl"),
         "--data.input_key", "input", "--data.label_key", "label", "--data.apply_chat_template",
-        "--data.max_samples", str(4 * steps), "--data.max_len", "64",
-        "--rollout.batch_size", "4", "--rollout.n_samples_per_prompt", "4",
+        "--data.max_samples", str(prompts), "--train.num_episodes", str(episodes), "--data.max_len", "64",
+        "--rollout.batch_size", str(PROMPTS), "--rollout.n_samples_per_prompt", "4",
         "--rollout.micro_batch_size", "4", "--rollout.max_new_tokens", "16",
         "--train.batch_size", "8", "--train.micro_batch_size", "4",
         "--actor.adam.lr", "1e-4", "--actor.lr_warmup_ratio", "0",

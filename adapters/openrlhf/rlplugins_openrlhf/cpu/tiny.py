@@ -9,13 +9,16 @@ from typing import Any
 
 from rlplugins.testing.tiny import additions, write_model
 
+TRAIN, VALIDATION = 64, 16
+"""Problems of each split."""
 
-def write(folder: Path, train: int = 64, validation: int = 16) -> Path:
+
+def write(folder: Path) -> Path:
     """Write `folder/model`, `folder/train.jsonl` and `folder/validation.jsonl`, unless they are there."""
     if not (folder / "model" / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_model(folder / "model")
-        for split, pairs in additions(train, validation).items():
+        for split, pairs in additions(TRAIN, VALIDATION).items():
             lines = "".join(json.dumps(row(a, b)) + "\n" for a, b in pairs)
             (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return folder
