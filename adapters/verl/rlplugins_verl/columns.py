@@ -6,6 +6,7 @@ right-padded. What belongs to rlplugins travels under the prefix `rlplugins__`.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,6 @@ from rlplugins.errors import DataError
 from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Rollouts, as_column, written_column
 
 PREFIX = "rlplugins__"
-ORIGIN = f"{PREFIX}origin"
-"""Column of a row: position of its prompt among all that were sent, over the whole run, and in the pool (-1: not there)."""
 REQUESTS = f"{PREFIX}requests"
 """Column of a prompt: what hooks made of each of its requests, or None."""
 NUMBERS = f"{PREFIX}numbers"
@@ -27,7 +26,7 @@ NUMBERS = f"{PREFIX}numbers"
 KEY = "_verl_key"
 """Column of the rollouts: verl's key of the row; empty for a row that a plugin made."""
 
-DRAWN = ("prompts", "responses", "response_mask", "rm_scores", "uid", "extra_fields", ORIGIN)
+DRAWN = ("prompts", "responses", "response_mask", "rm_scores", "extra_fields")
 """The stored columns that make rollouts; `rollout_log_probs` comes to them where the stack reads it."""
 OF_UPDATE = {"mask": "response_mask", "old_log_probs": "old_log_probs", "ref_log_probs": "ref_log_prob"}
 """Columns of an update that stand in verl's own of the name behind them, and need not be sent."""
@@ -88,7 +87,7 @@ def to_rollouts(
 
     Args:
         stored: what TransferQueue has of them.
-        keys: verl's keys.
+        keys: verl's keys, with the uids of `uid_of`.
         pool: all prompts of the run.
         version: updates that the policy had made when the step began, for rows that do not say it.
         keep_log_probs: whether the stack reads the engine's log-probs.
@@ -96,8 +95,8 @@ def to_rollouts(
     rows = len(keys)
     mask = padded(stored["response_mask"]).bool()
     width = mask.shape[1]
-    uids = as_list(stored["uid"])
-    position = torch.tensor(prompts_of(stored))
+    uids = [key.split("_")[0] for key in keys]
+    position = torch.tensor([origin_of(key)[1] for key in keys])
     known = position >= 0
     groups = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
     extra = [dict(item or {}) for item in as_list(stored["extra_fields"])]
@@ -126,16 +125,6 @@ def to_rollouts(
         prefix=prefix_of(extra, mask),
         columns=Columns(columns | written, frozenset(written)),
     )
-
-
-def places_of(stored: Any) -> list[int]:
-    """Of each stored row the position of its prompt among all that were sent."""
-    return [int(place) for place, _ in as_list(stored[ORIGIN])]
-
-
-def prompts_of(stored: Any) -> list[int]:
-    """Of each stored row the position of its prompt in the pool, -1 for one that is not in it."""
-    return [int(prompt) for _, prompt in as_list(stored[ORIGIN])]
 
 
 def no_rows(*, keep_log_probs: bool = False) -> Rollouts:
@@ -182,19 +171,34 @@ def prefix_of(extra: Sequence[Mapping[str, Any]], mask: Tensor) -> Tensor | None
     return (torch.arange(mask.shape[1]) < sizes[:, None]) & mask
 
 
-def order_of(keys: Sequence[str], places: Sequence[int]) -> list[int]:
-    """Positions of the rows in the order of prompt and draw.
+def uid_of(place: int, prompt: int) -> str:
+    """A name of a prompt that was sent, for verl's column `uid`, with which the keys of its rows begin.
+
+    Args:
+        place: its position among all that were sent, over the whole run.
+        prompt: its position in the pool, -1 if it is not there.
+    """
+    return f"{uuid.uuid4()}.{place}.{prompt}"
+
+
+def origin_of(key: str) -> tuple[int, int]:
+    """Place and prompt (see `uid_of`) of a row with this key."""
+    _, place, prompt = key.split("_")[0].rsplit(".", 2)
+    return int(place), int(prompt)
+
+
+def in_order(keys: Sequence[str]) -> list[str]:
+    """The rows' keys in the order of prompt and draw.
 
     Raises:
         DataError: if an agent loop gave several outputs for one request.
     """
-    parts = [key.rsplit("_", 2) for key in keys]
-    if any(part[2] != "0" for part in parts):
+    if any(key.rsplit("_", 1)[1] != "0" for key in keys):
         raise DataError(
             "an agent loop gave several outputs for one request; rlplugins takes one response per request: choose another "
             "agent loop (actor_rollout_ref.rollout.agent.default_agent_loop)"
         )
-    return sorted(range(len(keys)), key=lambda row: (places[row], parts[row][0], int(parts[row][1])))
+    return sorted(keys, key=lambda key: (origin_of(key)[0], int(key.rsplit("_", 2)[1])))
 
 
 @dataclass(frozen=True)

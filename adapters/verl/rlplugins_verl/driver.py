@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import transfer_queue as tq
@@ -41,7 +40,7 @@ from rlplugins.table import PromptTable
 from rlplugins.together import units_of
 from rlplugins_verl import columns as rows_of_verl
 from rlplugins_verl import settings, together, worker
-from rlplugins_verl.columns import DRAWN, KEY, OF_UPDATE, ORIGIN, REQUESTS, padded
+from rlplugins_verl.columns import DRAWN, KEY, OF_UPDATE, REQUESTS, origin_of, padded, uid_of
 from rlplugins_verl.engine import VerlEngine
 from rlplugins_verl.pool import Pool
 from rlplugins_verl.rollout import AGENT, INNER, bind_agent_loop, requests_of
@@ -192,19 +191,15 @@ class WithPlugins:
 
     def _chosen(self, positions: Tensor) -> Any:
         """verl's batch of the prompts at these positions."""
-        import uuid
-
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.rl_dataset import collate_fn
 
-        rows = collate_fn([self.train_dataset[place] for place in positions.tolist()])
-        rows["uid"] = np.array([str(uuid.uuid4()) for _ in positions], dtype=object)
-        batch = tu.get_tensordict(rows)
+        batch = tu.get_tensordict(collate_fn([self.train_dataset[place] for place in positions.tolist()]))
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
 
     def _add_requests(self, batch: Any) -> None:
-        """The columns that tell the agent loop, and this process afterwards, what hooks made of each prompt."""
+        """The names by which its rows are known afterwards, and the columns that tell the agent loop what hooks made of it."""
         from verl.utils import tensordict_utils as tu
 
         positions = self.pool.positions(batch)
@@ -222,7 +217,8 @@ class WithPlugins:
             names = rows_of_verl.as_list(batch["agent_name"]) if "agent_name" in batch else [inner] * count
             tu.assign_non_tensor_stack(batch, INNER, names)
             tu.assign_non_tensor_stack(batch, "agent_name", [AGENT] * count)
-        tu.assign_non_tensor_stack(batch, ORIGIN, list(enumerate(positions, start=self.places)))
+        uids = [uid_of(place, prompt) for place, prompt in enumerate(positions, start=self.places)]
+        tu.assign_non_tensor_stack(batch, "uid", uids)
         self.places += count
 
     def _requests(self, prompts: Prompts, counts: Tensor) -> list[list[dict[str, Any]]]:
@@ -249,12 +245,12 @@ class WithPlugins:
 
     def _after_generation(self, batch: Any) -> Any:
         """The batch without dropped rows and with added ones; `self.rollouts` are its rows in the order of prompt and draw."""
-        from verl.utils import tensordict_utils as tu
-
+        keys = rows_of_verl.in_order(batch.keys)
         keep = self.stack.needs("column", "rollout_log_probs")
-        stored = self._stored(batch, [*DRAWN, *(["rollout_log_probs"] if keep else [])])
-        order = rows_of_verl.order_of(batch.keys, rows_of_verl.places_of(stored))
-        keys, stored = [batch.keys[row] for row in order], tu.index_select_tensor_dict(stored, order)
+        # all columns, if rows will be made like those that are there, or the pool has not the data of one
+        whole = self.stack.claims("extend_rollouts") or any(origin_of(key)[1] < 0 for key in keys)
+        wanted = None if whole else [*DRAWN, *(["rollout_log_probs"] if keep else [])]
+        stored = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=wanted)
         drawn = rows_of_verl.to_rollouts(stored, keys, self.pool.prompts, self.global_steps - 1, keep_log_probs=keep)
         rollouts = drawn
         if self.stack.claims("extend_rollouts"):
@@ -263,15 +259,6 @@ class WithPlugins:
         rollouts = self.stack.filter_rollouts(rollouts) if len(rollouts) else rollouts
         self.rollouts, self.credit = rollouts, None
         return self._only(batch, rollouts.columns[KEY] if len(rollouts) else [])
-
-    def _stored(self, batch: Any, wanted: Sequence[str]) -> Any:
-        """These columns of the batch; all, if rows will be made like its own or a prompt is not of the pool."""
-        extends = self.stack.claims("extend_rollouts")
-        options = {} if extends else {"select_fields": list(wanted)}
-        stored = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, **options)
-        if not extends and min(rows_of_verl.prompts_of(stored)) < 0:
-            stored = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id)
-        return stored
 
     def _only(self, batch: Any, keys: Any) -> Any:
         """The batch with these rows; one that only fills it, if there are none."""

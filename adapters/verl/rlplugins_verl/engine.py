@@ -18,7 +18,7 @@ from rlplugins.errors import RlpluginsError, ServiceError
 from rlplugins.rollouts import Columns, Requests, Rollouts, Sampling, take, texts_of
 from rlplugins.services import Gradients
 from rlplugins_verl import gradients
-from rlplugins_verl.columns import KEY, ORIGIN, REQUESTS, no_rows, order_of, padded, stored, to_rollouts
+from rlplugins_verl.columns import KEY, REQUESTS, in_order, no_rows, padded, stored, to_rollouts, uid_of
 from rlplugins_verl.pool import POSITION
 from rlplugins_verl.rollout import AGENT, GIVEN, INNER, SCORED, requests_of
 from rlplugins_verl.settings import ranks
@@ -105,7 +105,7 @@ class VerlEngine:
         position = requests.prompts.columns.get(POSITION)
         places = [-1] * count if position is None else torch.as_tensor(position)[requests.prompt].tolist()
         rows = collate_fn([trainer.train_dataset[max(place, 0)] for place in places])
-        uids = [str(uuid.uuid4()) for _ in range(count)]
+        uids = [uid_of(row, place) for row, place in enumerate(places)]
         rows["uid"] = np.array(uids, dtype=object)
         batch = tu.get_tensordict(rows)
         tu.assign_non_tensor_data(batch, "global_steps", trainer.global_steps)
@@ -113,7 +113,6 @@ class VerlEngine:
         inner = trainer.config.actor_rollout_ref.rollout.agent.default_agent_loop
         columns = {
             REQUESTS: made, INNER: [inner] * count, "agent_name": [AGENT] * count, "__rollout_n__": [1] * count,
-            ORIGIN: list(enumerate(places)),
         }  # fmt: skip
         for name, values in columns.items():
             tu.assign_non_tensor_stack(batch, name, values)
@@ -121,7 +120,7 @@ class VerlEngine:
 
     def _wait(self, uids: Sequence[str]) -> list[str]:
         """verl's keys of the responses, in the order of the requests."""
-        wanted = {uid: row for row, uid in enumerate(uids)}
+        wanted = set(uids)
         while True:
             items = (tq.kv_list(PARTITION) or {}).get(PARTITION, {})
             states = {uid: items.get(uid, {}).get("status") for uid in uids}
@@ -130,9 +129,7 @@ class VerlEngine:
                     "verl's agent loop failed on a request of a plugin; its own error is in the log above"
                 )
             if all(state == "finished" for state in states.values()):
-                keys = [key for key in items if key.split("_")[0] in wanted and key not in wanted]
-                order = order_of(keys, [wanted[key.split("_")[0]] for key in keys])
-                return [keys[row] for row in order]
+                return in_order([key for key in items if key.split("_")[0] in wanted and key not in wanted])
             time.sleep(SECONDS)
 
     def texts(self, rollouts: Rollouts) -> list[str]:

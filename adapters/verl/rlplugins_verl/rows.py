@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import transfer_queue as tq
 
 from rlplugins.rollouts import Columns, Rollouts
-from rlplugins_verl.columns import KEY, ORIGIN, padded, stored, values_of
+from rlplugins_verl.columns import KEY, padded, stored, uid_of, values_of
 
 
 def added_rows(batch: Any, there: Any, drawn: Rollouts, extended: Rollouts) -> tuple[Any, Rollouts]:
@@ -98,7 +97,7 @@ def _made(
         kept = pattern.get("rollout_log_probs") if drawn_so[row] else None
         values["rollout_log_probs"] = torch.zeros(size) if kept is None else kept[like][:size]
         if place < 0:  # of no prompt of the step
-            values |= {ORIGIN: (-1, -1), "multi_modal_inputs": {}}
+            values["multi_modal_inputs"] = {}
         for name, column in pattern.items():
             fields[name].append(values.get(name, column[like]))
         made.append(f"{uids[row]}_{10_000 + number}_0")
@@ -114,8 +113,4 @@ def _uids(extended: Rollouts, own: Sequence[int], keys: Sequence[str]) -> list[s
         group: keys[place].rsplit("_", 2)[0]
         for group, place in zip(groups, own, strict=True) if group >= 0 and place >= 0
     }  # fmt: skip
-    return [names.setdefault(group, _new()) if group >= 0 else _new() for group in groups]
-
-
-def _new() -> str:
-    return str(uuid.uuid4())
+    return [names.setdefault(group, uid_of(-1, -1)) if group >= 0 else uid_of(-1, -1) for group in groups]

@@ -138,7 +138,7 @@ class VerlSide:
         stack = self.stack
         stack.begin_step(number, STEPS, seed=1)
         self.micro = micro
-        keys = [f"uid{int(place)}_{row}_0" for row, place in enumerate(drawn.prompt)]
+        keys = [f"u.{place}.{place}_{row}_0" for row, place in enumerate(drawn.prompt.tolist())]
         rollouts = rows_of_verl.to_rollouts(generated(drawn), keys, self.pool.prompts, number)
         add_request_columns(stack, rollouts, self.pool.prompts, drawn)
         add_columns_of_extended_rows(stack, rollouts)
@@ -284,11 +284,10 @@ def generated(drawn: Drawn) -> Any:
     rows, sizes = len(drawn.prompt), response_lengths(drawn)
     scores = [torch.cat([torch.zeros(size - 1), score]) for size, score in zip(sizes, drawn.scores, strict=True)]
     objects = {
-        "uid": [f"uid{int(place)}" for place in drawn.prompt], "extra_fields": [
+        "extra_fields": [
             {"reward_extra_info": {f"part{place}": value for place, value in enumerate(row)}}
             for row in drawn.components.tolist()
         ],
-        rows_of_verl.ORIGIN: list(enumerate(drawn.prompt.tolist())),
         "extra_info": [{"difficulty": (int(place) // 10 + int(place) % 10) / 18} for place in drawn.prompt],
     }  # fmt: skip
     return rows_of_verl.stored(sequences(drawn) | {"rm_scores": scores} | objects, rows)

@@ -14,7 +14,7 @@ from rlplugins.table import PromptTable
 from rlplugins.testing import make_rollouts
 from rlplugins_verl import columns as rows_of_verl
 from rlplugins_verl import engine, rows
-from rlplugins_verl.columns import KEY, ORIGIN
+from rlplugins_verl.columns import KEY, origin_of
 from rlplugins_verl.pool import Pool
 from rlplugins_verl.worker import decoded, encoded
 
@@ -29,8 +29,7 @@ def stored_rows(sizes: list[int], **further: Any) -> Any:
         "response_mask": [torch.ones(size, dtype=torch.int64) for size in sizes],
         "rm_scores": [torch.cat([torch.zeros(size - 1), torch.tensor([0.25])]) for size in sizes],
         "rollout_log_probs": [torch.full((size,), -1.0) for size in sizes],
-        "uid": [f"u{row // 2}" for row in range(count)], "extra_fields": [{} for _ in sizes],
-        ORIGIN: [(row, row // 2) for row in range(count)],
+        "uid": [f"u.{row // 2}.{row // 2}" for row in range(count)], "extra_fields": [{} for _ in sizes],
     }  # fmt: skip
     return rows_of_verl.stored(fields | further, count)
 
@@ -52,7 +51,7 @@ def test_stored_rows_become_rollouts() -> None:
     ]
     there = stored_rows([3, 1, 2, 2], extra_fields=extra)
     found = rows_of_verl.to_rollouts(
-        there, ["u0_0_0", "u0_1_0", "u1_0_0", "u1_1_0"], pool().prompts, 2, keep_log_probs=True
+        there, ["u.0.0_0_0", "u.0.0_1_0", "u.1.1_0_0", "u.1.1_1_0"], pool().prompts, 2, keep_log_probs=True
     )
     assert found.mask.sum(1).tolist() == [3, 1, 2, 2]
     assert bool((found.responses[~found.mask] == 0).all()) and bool((found.rollout_log_probs[~found.mask] == 0).all())
@@ -69,17 +68,20 @@ def test_stored_rows_become_rollouts() -> None:
 
 def test_rows_of_a_prompt_that_the_pool_has_not_bring_their_columns() -> None:
     info = [{"level": row + 5} for row in range(2)]
-    there = stored_rows([1, 1], extra_info=info, data_source=["y", "z"], **{ORIGIN: [(0, 1), (1, -1)]})
-    found = rows_of_verl.to_rollouts(there, ["u0_0_0", "u0_1_0"], pool().prompts, 0)
+    there = stored_rows([1, 1], extra_info=info, data_source=["y", "z"])
+    found = rows_of_verl.to_rollouts(there, ["u.0.1_0_0", "u.1.-1_0_0"], pool().prompts, 0)
     assert found["level"].tolist() == [5, 6] and found["data_source"] == ["y", "z"]
     assert found.prompt_rows.tolist() == [1, -1] and found.prompt_keys.tolist() == [int(pool().prompts.keys[1]), 0]
 
 
 def test_rows_are_in_the_order_of_prompt_and_draw_whatever_order_they_finished_in() -> None:
-    keys = ["b_1_0", "a_10_0", "b_0_0", "a_2_0"]
-    assert [keys[row] for row in rows_of_verl.order_of(keys, [0, 1, 0, 1])] == ["b_0_0", "b_1_0", "a_2_0", "a_10_0"]
+    first, last = rows_of_verl.uid_of(9, 40), rows_of_verl.uid_of(10, -1)
+    keys = [f"{last}_10_0", f"{first}_1_0", f"{last}_2_0", f"{first}_0_0"]
+    assert rows_of_verl.in_order(keys) == [f"{first}_0_0", f"{first}_1_0", f"{last}_2_0", f"{last}_10_0"]
+    assert [origin_of(key) for key in keys[:2]] == [(10, -1), (9, 40)]
+    assert rows_of_verl.uid_of(9, 40) != first
     with pytest.raises(DataError, match="several outputs"):
-        rows_of_verl.order_of(["a_0_0", "a_0_1"], [0, 0])
+        rows_of_verl.in_order([f"{first}_0_0", f"{first}_0_1"])
 
 
 @pytest.mark.parametrize("sent_by_verl", [False, True])
@@ -174,7 +176,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def step_rows() -> tuple[Any, Any, Rollouts]:
-    keys = ["u0_0_0", "u0_1_0", "u1_0_0", "u1_1_0"]
+    keys = ["u.0.0_0_0", "u.0.0_1_0", "u.1.1_0_0", "u.1.1_1_0"]
     there = stored_rows([3, 1, 2, 2])
     drawn = rows_of_verl.to_rollouts(there, keys, pool().prompts, 2)
     return Batch(keys, [{"seq_len": 1, "global_steps": 5} for _ in keys], "train", None, {}), there, drawn
@@ -184,7 +186,7 @@ def test_rows_that_plugins_leave_alone_are_not_written_again(store: Store) -> No
     batch, there, drawn = step_rows()
     same, kept = rows.added_rows(batch, there, drawn, drawn.select(torch.tensor([3, 0])))
     assert store.put == {} and same is batch
-    assert kept.columns[KEY] == ["u1_1_0", "u0_0_0"]
+    assert kept.columns[KEY] == ["u.1.1_1_0", "u.0.0_0_0"]
 
 
 def test_rows_that_plugins_add_or_change_are_stored_under_keys_of_their_own(store: Store) -> None:
@@ -193,8 +195,8 @@ def test_rows_that_plugins_add_or_change_are_stored_under_keys_of_their_own(stor
     extended.responses[2, 0] = 99  # changed; and row 1 is a copy
     made, named = rows.added_rows(batch, there, drawn, extended)
     keys = list(named.columns[KEY])
-    assert keys[0] == "u0_0_0" and keys[3] == "u1_1_0"
-    assert keys[1].startswith("u0_") and keys[2].startswith("u1_") and not {keys[1], keys[2]} & set(batch.keys)
+    assert keys[0] == "u.0.0_0_0" and keys[3] == "u.1.1_1_0"
+    assert keys[1].startswith("u.0.0_") and keys[2].startswith("u.1.1_") and not {keys[1], keys[2]} & set(batch.keys)
     assert made.keys == [*batch.keys, keys[1], keys[2]]
     assert store.put["keys"] == [keys[1], keys[2]]
     assert [tag["response_len"] for tag in store.put["tags"]] == [3, 2] and store.put["tags"][0]["global_steps"] == 5
@@ -202,7 +204,7 @@ def test_rows_that_plugins_add_or_change_are_stored_under_keys_of_their_own(stor
     assert fields["responses"].unbind()[1].tolist() == [99, 2]
     assert fields["input_ids"].unbind()[1].tolist() == [7, 8, 99, 2]
     assert fields["rm_scores"].unbind()[1].tolist() == [0.0, 0.25]
-    assert rows_of_verl.as_list(fields["uid"]) == ["u0", "u1"]
+    assert rows_of_verl.as_list(fields["uid"]) == ["u.0.0", "u.1.1"]
 
 
 def test_a_row_whose_score_alone_was_changed_keeps_what_the_engine_drew_it_with(store: Store) -> None:
@@ -210,7 +212,7 @@ def test_a_row_whose_score_alone_was_changed_keeps_what_the_engine_drew_it_with(
     extended = replace(drawn.select(torch.tensor([0, 1, 2])), scores=torch.tensor([[0.5], [0.25], [0.75]]))
     extended.responses[2, 0] = 99
     _, named = rows.added_rows(batch, there, drawn, extended)
-    assert named.columns[KEY][1] == "u0_1_0" and len(store.put["keys"]) == 2
+    assert named.columns[KEY][1] == "u.0.0_1_0" and len(store.put["keys"]) == 2
     kept, other = store.put["fields"]["rollout_log_probs"].unbind()
     assert kept.tolist() == [-1.0] * 3 and other.tolist() == [0.0] * 2
 
@@ -236,8 +238,7 @@ def test_rows_of_prompts_that_the_step_has_not_are_alone_in_verls_store(store: S
     assert list(named.columns[KEY]) == [*batch.keys, *keys] == list(made.keys)
     fields = store.put["fields"]
     uids = rows_of_verl.as_list(fields["uid"])
-    assert len({*uids, "u0", "u1"}) == 4 and [key.rsplit("_", 2)[0] for key in keys] == uids
-    assert rows_of_verl.prompts_of(fields) == [-1, -1]
+    assert len({*uids, "u.0.0", "u.1.1"}) == 4 and [key.rsplit("_", 2)[0] for key in keys] == uids
     assert rows_of_verl.as_list(fields["multi_modal_inputs"]) == [{}, {}]
     assert [row.tolist() for row in fields["prompts"].unbind()] == [[9], [9]]
     assert named.of_kind("expert").tolist() == [False] * 4 + [True] * 2 and named.groups[4:].tolist() == [-1, -1]
@@ -250,17 +251,15 @@ def test_rows_of_a_group_are_in_verls_group_and_those_of_a_new_one_in_one_of_the
     more = replace(more, groups=torch.tensor([1, 0, 5, 5, -1]))
     _, named = rows.added_rows(batch, there, drawn, concatenate([drawn, more]))
     uids = [key.rsplit("_", 2)[0] for key in named.columns[KEY][4:]]
-    assert uids[:2] == ["u1", "u0"] and uids[2] == uids[3] and len({*uids[2:], "u0", "u1"}) == 4
-    assert rows_of_verl.prompts_of(store.put["fields"]) == [1, 1, 0, 0, 0]
+    assert uids[:2] == ["u.1.1", "u.0.0"] and uids[2] == uids[3] and len({*uids[2:], "u.0.0", "u.1.1"}) == 4
 
 
 def test_answers_to_prompts_outside_of_the_pool_have_no_column_of_the_row_that_stood_for_them() -> None:
     known, count = pool(), 2
     there = stored_rows(
         [2, 1], extra_info=[{"level": 0}] * 2, extra_fields=[{"rlplugins__columns": {"hint": row}} for row in range(2)],
-        **{ORIGIN: [(0, -1), (1, -1)]},
     )  # fmt: skip
-    made = rows_of_verl.to_rollouts(there, ["u0_0_0", "u1_0_0"], known.prompts, 2)
+    made = rows_of_verl.to_rollouts(there, ["u.0.-1_0_0", "u.1.-1_0_0"], known.prompts, 2)
     keys, none = torch.tensor([11, 12]), torch.full((count,), -1)
     prompts = Prompts(keys, none, PromptTable(), ["a", "b"], Columns({"source": ["x", "y"]}))
     asked = Requests.of(prompts, torch.tensor([1, 1]))
