@@ -115,7 +115,7 @@ def to_rollouts(
         prompts=[row.tolist() for row in stored["prompts"].unbind()],
         responses=padded(stored["responses"], width),
         mask=mask,
-        scores=padded(stored["rm_scores"], width).float().sum(1, keepdim=True),
+        scores=scores_of(stored, rows),
         kind=torch.zeros(rows, dtype=torch.int8),
         kinds=(POLICY,),
         version=torch.tensor([_version(item, version) for item in extra]),
@@ -169,6 +169,13 @@ def prefix_of(extra: Sequence[Mapping[str, Any]], mask: Tensor) -> Tensor | None
     if not bool(sizes.any()):
         return None
     return (torch.arange(mask.shape[1]) < sizes[:, None]) & mask
+
+
+def scores_of(stored: Any, rows: int) -> Tensor:
+    """(B, 1) rewards; NaN before a reward model on the training devices has given them."""
+    if "rm_scores" not in stored.keys():  # noqa: SIM118
+        return torch.full((rows, 1), torch.nan)
+    return padded(stored["rm_scores"]).float().sum(1, keepdim=True)
 
 
 def uid_of(place: int, prompt: int) -> str:

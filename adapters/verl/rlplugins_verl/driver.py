@@ -6,6 +6,7 @@ overrides one of `PPOTrainer` and calls it, or is called by such a method; the o
     on_step_begin       the step opens
     _next_train_batch   prompts are chosen, counted, rewritten
     _after_generation   rows are added and dropped, while the engine is still awake
+    _compute_reward_colocate    scores, where a reward model on the training devices gives them
     _balance_batch      rows of a prompt are put together for the passes before the update, if `forward` gains by it
     _compute_advantage  credit, when all log-prob passes are there
     _update_actor       columns and shared values go to the workers, their metrics come back
@@ -275,6 +276,15 @@ class WithPlugins:
             keys=chosen, tags=[tags[key] for key in chosen], partition_id=batch.partition_id, fields=batch.fields,
             extra_info=batch.extra_info,
         )  # fmt: skip
+
+    def _compute_reward_colocate(self, batch: Any, metrics: dict[str, Any] | None = None) -> Any:
+        """The scores of a reward model on the training devices, which come when the engine sleeps."""
+        batch = super()._compute_reward_colocate(batch, metrics=metrics)  # type: ignore[misc]
+        if self.rollouts is not None and len(self.rollouts):
+            keys = list(self.rollouts.columns[KEY])
+            stored = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+            self.rollouts = replace(self.rollouts, scores=rows_of_verl.scores_of(stored, len(keys)))
+        return batch
 
     # passes
 

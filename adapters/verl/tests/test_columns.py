@@ -66,6 +66,13 @@ def test_stored_rows_become_rollouts() -> None:
     assert found["hint"] == [None, 3, None, None] and "hint" in found.columns.written
 
 
+def test_rows_that_nothing_has_scored_yet_have_no_score() -> None:
+    there = stored_rows([1, 2])
+    del there["rm_scores"]
+    found = rows_of_verl.to_rollouts(there, ["u.0.0_0_0", "u.0.0_1_0"], pool().prompts, 0)
+    assert found.scores.shape == (2, 1) and bool(found.scores.isnan().all())
+
+
 def test_rows_of_a_prompt_that_the_pool_has_not_bring_their_columns() -> None:
     info = [{"level": row + 5} for row in range(2)]
     there = stored_rows([1, 1], extra_info=info, data_source=["y", "z"])

@@ -14,6 +14,7 @@ from test_config import composed
 from rlplugins.errors import ConfigurationError, RlpluginsError, StackError, StateError
 from rlplugins.table import PromptTable
 from rlplugins.testing import make_rollouts
+from rlplugins_verl import columns as rows_of_verl
 from rlplugins_verl import driver, settings, worker
 from rlplugins_verl.columns import KEY
 from rlplugins_verl.cpu import launch
@@ -110,6 +111,32 @@ def test_rows_of_no_group_have_no_advantage_of_verls() -> None:
     assert credit.advantages.tolist() == [[0.5, 0.5], [-0.5, 0.0], [0.0, 0.0]]
     given = driver.for_verl(rollouts, credit, [2, 1, 2], excluded=True)
     assert [row.tolist() for row in given["advantages"]] == [[0.5, 0.5], [-0.5], [0.0, 0.0]]
+
+
+class Scored:
+    """Stands for verl's trainer with a reward model on the training devices."""
+
+    def _compute_reward_colocate(self, batch: Any, metrics: Any = None) -> Any:
+        return batch
+
+
+def test_scores_of_a_reward_model_on_the_training_devices_come_when_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def get(keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
+        asked.append((keys, partition_id, select_fields))
+        return rows_of_verl.stored({"rm_scores": [torch.tensor([0.0, 2.0]), torch.tensor([-1.0])]}, 2)
+
+    monkeypatch.setattr(driver, "tq", SimpleNamespace(kv_batch_get=get))
+    trainer = object.__new__(type("Trainer", (driver.WithPlugins, Scored), {}))
+    none = make_rollouts([torch.nan, torch.nan], lengths=[2, 1])
+    none.columns[KEY] = ["b", "a"]
+    trainer.rollouts = none
+    trainer._compute_reward_colocate(SimpleNamespace(partition_id="train"), metrics={})
+    assert asked == [(["b", "a"], "train", ["rm_scores"])] and trainer.rollouts.scores.tolist() == [[2.0], [-1.0]]
+    trainer.rollouts = None  # every row was dropped
+    trainer._compute_reward_colocate(SimpleNamespace(partition_id="train"), metrics={})
+    assert trainer.rollouts is None and len(asked) == 1
 
 
 def test_rows_that_fill_a_batch_are_units_of_their_own() -> None:
