@@ -1,8 +1,8 @@
 """Steps of OpenRLHF with an empty stack and with `grpo` through the stack, beside plain OpenRLHF; writes docs/performance.md.
 
-    .venv-openrlhf/bin/python benchmarks/openrlhf_step.py [--rounds 5] [--steps 16] [--folder runs/openrlhf-benchmark]
+    .venv-openrlhf/bin/python benchmarks/openrlhf_step.py [--rounds 6] [--steps 80] [--pairs 500] [--folder FOLDER]
 
-A variant's time is the median over its steps but the first two. See `steps.py` for the ratios.
+Both numbers of steps are rounded up to whole episodes of 16. See `steps.py` for the ratios.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import steps  # noqa: E402
+from benchmarks import openrlhf_turns, steps  # noqa: E402
 from benchmarks.report import STEPS_OF_OPENRLHF  # noqa: E402
 from rlplugins_openrlhf.cpu import launch, tiny  # noqa: E402
 from rlplugins_openrlhf.study import LOGS, metrics  # noqa: E402
@@ -26,25 +26,43 @@ BASE = "plain OpenRLHF"
 VARIANTS = {BASE: None, "empty stack": "[]", "grpo through the stack": "{stack}"}
 GRPO = "plugins: [grpo]\nowners: {policy_loss: ppo_clip}\n"
 PARTS = {
-    "time of a step": "step_total", "of it generation": "generation", "of it passes and credit": "make_experience",
+    steps.STEP: "step_total", "of it generation": "generation", "of it passes and credit": "make_experience",
     "of it the update": "ppo_train",
 }  # fmt: skip
 PROCESSES = {"driver": "PPOTrainer", "worker": "PolicyModelActor"}
-TARGETS = {"time of a step": 1.01}
-WARM = 2
-INTRODUCTION = """Written by `benchmarks/openrlhf_step.py`: {rounds} rounds of one start each, {steps} steps per start, a tiny
-model and vLLM on {cores} cores. The geometric mean of the ratios of neighbouring starts and its 95 % interval; memory is the
-largest resident size of the process. With so small a model a step costs little beside what is the same for every model, so
-this is an upper bound."""
+WARM = 3
+EPISODE = tiny.TRAIN // launch.PROMPTS
+INTRODUCTION = """Written by `benchmarks/openrlhf_step.py`: a tiny model, 16 responses of 16 tokens per step, and vLLM, on
+{cores} cores. With so small a model a step costs little beside what is the same for every model, so this is an upper bound."""
 
 
 def run(folder: Path, stack: str | None, count: int) -> steps.Measured:
-    """Seconds per step and of its parts, and peak memory in bytes of driver and worker."""
+    """Medians of the seconds per step and of its parts, and peak memory in bytes of driver and worker."""
+    times, peaks = trained(folder, stack, count)
+    found = {name: statistics.median(step[name] for step in times[WARM:]) for name in PARTS}
+    return found | {f"peak memory of the {name}": float(peak) for name, peak in peaks.items()}
+
+
+def turns(folder: Path, pairs: int) -> list[steps.Pair]:
+    """The seconds of OpenRLHF's own and of the stack's step, of every pair but the first ones."""
+    times, _ = trained(folder, VARIANTS["grpo through the stack"], 2 * (pairs + WARM), by_turns=True)
+    ours = openrlhf_turns.ours
+    first = range(2 * WARM, len(times), 2)
+    return [(times[step + ours(step + 1)], times[step + (not ours(step + 1))]) for step in first]
+
+
+def trained(
+    folder: Path, stack: str | None, count: int, *, by_turns: bool = False
+) -> tuple[list[steps.Measured], dict[str, int]]:
+    """The seconds of each step and of its parts, and the peak memory in bytes of each process."""
     shutil.rmtree(folder, ignore_errors=True)
+    count = EPISODE * -(-count // EPISODE)
     tiny.write(folder)
     (folder / "grpo.yaml").write_text(GRPO)
     named = stack.format(stack=folder / "grpo.yaml") if stack else None
     words = launch.command(folder, named, ["--logger.tensorboard_dir", str(folder / LOGS)], steps=count)
+    if by_turns:
+        words[1:3] = [openrlhf_turns.__file__]
     peaks = dict.fromkeys(PROCESSES, 0)
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(words, cwd=folder, env=launch.environment(), stdout=log, stderr=log)
@@ -54,10 +72,13 @@ def run(folder: Path, stack: str | None, count: int) -> steps.Measured:
     if process.returncode:
         raise SystemExit(f"a run failed: {folder / 'log.txt'}")
     found = metrics(folder)
-    later = [found[step] for step in sorted(found)][WARM:]
-    times = {name: statistics.median(step[f"timing/{part}"] for step in later) for name, part in PARTS.items()}
-    return times | {f"peak memory of the {name}": float(peak) for name, peak in peaks.items()}
+    if sorted(found) != list(range(1, count + 1)):
+        raise SystemExit(f"a run made {len(found)} steps and not {count}: {folder / 'log.txt'}")
+    parts = PARTS | ({steps.STEP: openrlhf_turns.WHOLE.removeprefix("timing/")} if by_turns else {})
+    return [{name: found[step][f"timing/{part}"] for name, part in parts.items()} for step in sorted(found)], peaks
 
 
 if __name__ == "__main__":
-    steps.Benchmark("openrlhf", STEPS_OF_OPENRLHF, INTRODUCTION, VARIANTS, TARGETS, run).main(rounds=5, steps=16)
+    steps.Benchmark("openrlhf", STEPS_OF_OPENRLHF, INTRODUCTION, VARIANTS, run, turns).main(
+        rounds=6, steps=80, pairs=500
+    )

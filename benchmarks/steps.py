@@ -1,8 +1,15 @@
 """Steps of a trainer's variants beside the plain trainer: what the benchmarks of verl and of OpenRLHF share.
 
-A round starts every variant once, one after the other, in an order that changes from round to round. Steps differ, starts
-differ more: a variant's time in a round is one number, its ratio is taken to the plain trainer's in the same round, and the
-interval is that of the mean of the log ratios (Student's t, 95 %).
+Starts: a round starts every variant once, one after the other, in an order that changes from round to round. A variant's time
+in a round is one number, and its ratio is taken to the plain trainer's in the same round. With an empty stack the trainer is
+the plain one, so its line shows how far starts of the same thing lie apart.
+
+Turns: since starts differ by more than the target, one run also takes turns between plain steps and those of the stack. Of each
+two steps that follow one another one is plain, which one is drawn by chance, and the ratio is taken within the two.
+
+Ratios of starts are few: the interval is that of the mean of their logarithms (Student's t, 95 %). Those of turns are many, and
+some are wild, since a process collects its garbage in one of ten steps and needs a third of a second for it: the mean is that
+of the middle 60 % of the logarithms, its interval is bootstrapped.
 """
 
 from __future__ import annotations
@@ -17,14 +24,26 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from scipy.stats import bootstrap, trim_mean
 from scipy.stats import t as student
 
 from benchmarks.report import PAGE, installed, with_section
 
 ROOT = Path(__file__).resolve().parent.parent
 
+STEP = "time of a step"
+TARGET = 1.01
+"""The largest ratio of the times of a step that is wanted."""
+
 Measured = dict[str, float]
-Rounds = Sequence[Mapping[str, Measured]]
+Pair = tuple[Measured, Measured]
+
+
+EXPLANATION = """By turns in one run: {pairs} pairs of a plain step and one of the stack that follow one another, in an order
+that is drawn; of the ratios the middle 60 % count, since garbage is collected in one of ten steps of either kind, which takes
+longer than anything that is looked for. By turns of starts: {rounds} rounds of one start each, {steps} steps per start, the
+median of which counts; an empty stack gives the trainer itself, so its lines show how far starts of the same thing lie apart.
+Ratios are geometric means with their 95 % interval, times are medians; memory is the largest resident size of the process."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +53,25 @@ class Benchmark:
     Attributes:
         trainer: its distribution.
         heading: of the section on the page.
-        introduction: with `{rounds}`, `{steps}` and `{cores}`.
+        introduction: with `{cores}`.
         variants: by name what makes each; the first is the plain trainer.
-        targets: per measure the largest ratio that is wanted.
         run: measures one start, from a folder, a variant and a number of steps.
+        turns: measures a run of so many pairs of a plain step and one of the stack, from a folder.
     """
 
     trainer: str
     heading: str
     introduction: str
     variants: Mapping[str, Any]
-    targets: Mapping[str, float]
     run: Callable[[Path, Any, int], Measured]
+    turns: Callable[[Path, int], list[Pair]]
 
-    def main(self, rounds: int, steps: int) -> None:
+    def main(self, rounds: int, steps: int, pairs: int) -> None:
         """Run the rounds and write the section; the arguments are the defaults of the flags."""
         parser = argparse.ArgumentParser(description=self.heading)
         parser.add_argument("--rounds", type=int, default=rounds)
-        parser.add_argument("--steps", type=int, default=steps)
+        parser.add_argument("--steps", type=int, default=steps, help="of each start of a round")
+        parser.add_argument("--pairs", type=int, default=pairs, help="of a plain step and one of the stack")
         parser.add_argument("--folder", type=Path, default=ROOT / "runs" / f"{self.trainer}-benchmark")
         parser.add_argument("--page", type=Path, default=ROOT / PAGE, help="where the section goes")
         options = parser.parse_args()
@@ -60,11 +80,20 @@ class Benchmark:
         def measured(name: str) -> Measured:
             return self.run(folder / name.replace(" ", "-"), self.variants[name], options.steps)
 
+        in_turn = self.turns(folder / "turns", options.pairs)
+        print(f"turns: {middle([ours[STEP] / plain[STEP] for plain, ours in in_turn])}", flush=True)
         made = run_rounds(options.rounds, self.variants, measured)
-        introduction = self.introduction.format(rounds=len(made), steps=options.steps, cores=psutil.cpu_count())
-        footer = f"Run with {self.trainer} {installed(self.trainer)}, torch {installed('torch')}."
-        base = next(iter(self.variants))
-        body = "\n\n".join([introduction, table(made, base, self.targets), footer])
+        base, *others = self.variants
+        lines = [f"| | measured | {base} | ours | ratio | target |  |", "|---|---|---|---|---|---|---|"]
+        lines += rows("grpo, steps by turns in one run", in_turn, middle, TARGET)
+        for name in others:
+            lines += rows(f"{name}, starts by turns", [(found[base], found[name]) for found in made], interval)
+        parts = [
+            self.introduction.format(cores=psutil.cpu_count()), EXPLANATION.format(pairs=len(in_turn), rounds=len(made),
+            steps=options.steps), "\n".join(lines), f"Run with {self.trainer} {installed(self.trainer)}, "
+            f"torch {installed('torch')}.",
+        ]  # fmt: skip
+        body = "\n\n".join(parts)
         text = options.page.read_text() if options.page.exists() else ""
         options.page.write_text(with_section(text, self.heading, body))
         print(body)
@@ -107,23 +136,28 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
 
 
-def table(rounds: Rounds, base: str, targets: Mapping[str, float]) -> str:
-    """One line per variant and measure."""
-    others = [name for name in rounds[0] if name != base]
-    lines = [f"| ours | measured | {base} | ratio | target |  |", "|---|---|---|---|---|---|"]
-    return "\n".join(
-        [*lines, *(row(rounds, base, name, measure, targets) for name in sorted(others) for measure in rounds[0][base])]
-    )
+def middle(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean of the middle 60 % of ratios, and its 95 % interval."""
+    logs = [math.log(ratio) for ratio in ratios]
+    found = bootstrap((logs,), lambda drawn, axis: trim_mean(drawn, 0.2, axis), rng=0).confidence_interval
+    return math.exp(trim_mean(logs, 0.2)), math.exp(found.low), math.exp(found.high)
 
 
-def row(rounds: Rounds, base: str, name: str, measure: str, targets: Mapping[str, float]) -> str:
-    """One line: the target is met if the interval lies below it, missed if above, else nothing is settled."""
-    middle, low, high = interval([found[name][measure] / found[base][measure] for found in rounds])
-    usual = statistics.median(found[base][measure] for found in rounds)
-    plain = f"{usual / 2**20:.0f} MiB" if "memory" in measure else f"{1000 * usual:.0f} ms"
-    target = targets.get(measure)
+def rows(
+    name: str, pairs: Sequence[Pair], mean: Callable[[Sequence[float]], tuple[float, float, float]],
+    target: float | None = None,
+) -> list[str]:  # fmt: skip
+    """One line per measure: the target is met if the interval lies below it, missed if above, else nothing is settled."""
+    return [row(name, measure, pairs, mean, target if measure == STEP else None) for measure in pairs[0][0]]
+
+
+def row(name: str, measure: str, pairs: Sequence[Pair], mean: Callable[..., Any], target: float | None) -> str:
+    """The line of one measure."""
+    ratio, low, high = mean([ours[measure] / plain[measure] for plain, ours in pairs])
+    sides = [statistics.median(side[measure] for side in sides) for sides in zip(*pairs, strict=True)]
+    both = " | ".join(f"{side / 2**20:.0f} MiB" if "memory" in measure else f"{1000 * side:.1f} ms" for side in sides)
     wanted = verdict = ""
     if target is not None:
         wanted = f"at most {target:g}"
         verdict = "met" if high <= target else "**missed**" if low > target else "not settled"
-    return f"| {name} | {measure} | {plain} | {middle:.4f} ({low:.4f} to {high:.4f}) | {wanted} | {verdict} |"
+    return f"| {name} | {measure} | {both} | {ratio:.4f} ({low:.4f} to {high:.4f}) | {wanted} | {verdict} |"
