@@ -7,12 +7,13 @@ the prefix `rlplugins/`: of a dictionary there OpenRLHF takes one entry per row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlplugins.errors import DataError
 from rlplugins.rollouts import POLICY, Column, Columns, Prompts, Rollouts, take, written_column
@@ -32,14 +33,16 @@ MEASURED = ("response_clip_ratio", "reward", "score")
 
 
 def starts_of(samples: Sequence[Any]) -> Tensor:
-    """(B,) int64: tokens before the first that the policy drew, of samples of one row each."""
-    first = [_first_action(sample) for sample in samples]
-    return torch.tensor(first, dtype=torch.int64)
+    """(B,) int64: tokens before the first that the policy drew, of samples of one row each; all, where it drew none."""
+    actions = _padded(sample.action_mask for sample in samples).bool()
+    whole = torch.tensor([sample.sequences.shape[1] for sample in samples], dtype=torch.int64)
+    return torch.where(actions.any(1), actions.int().argmax(1) + 1, whole)
 
 
-def _first_action(sample: Any) -> int:
-    own = sample.action_mask[0].nonzero()
-    return int(own[0]) + 1 if len(own) else sample.sequences.shape[1]
+def _padded(parts: Iterable[Tensor]) -> Tensor:
+    """(B, n) from one (1, m) of each sample, zeros behind its end."""
+    rows = [part[0] for part in parts]
+    return pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64)
 
 
 def to_rollouts(samples: Sequence[Any], known: Prompts, version: int, *, keep_log_probs: bool = False) -> Rollouts:
@@ -53,27 +56,26 @@ def to_rollouts(samples: Sequence[Any], known: Prompts, version: int, *, keep_lo
     """
     prompts: list[PoolPrompt] = [sample.prompts[0] for sample in samples]
     starts = starts_of(samples)
-    rows = [sample.sequences[0] for sample in samples]
-    sizes = [int(sample.attention_mask.sum()) for sample in samples]
-    width = max([1, *(size - start for size, start in zip(sizes, starts.tolist(), strict=True))])
-    responses, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.bool)
-    drawn = torch.zeros(len(rows), width) if keep_log_probs else None
-    for place, (sample, start, size) in enumerate(zip(samples, starts.tolist(), sizes, strict=True)):
-        responses[place, : size - start] = sample.sequences[0, start:size]
-        mask[place, : size - start] = sample.action_mask[0, start - 1 : size - 1].bool()
-        if drawn is not None:
-            drawn[place, : size - start] = sample.rollout_log_probs[0, start - 1 : size - 1]
+    lengths = _padded(sample.attention_mask for sample in samples).sum(1) - starts
+    width = max([1, *lengths.tolist()])
+    there = torch.arange(width) < lengths[:, None]
+    sequences = _padded(sample.sequences for sample in samples)
+    mask = there & to_responses(_padded(sample.action_mask for sample in samples), starts, width).bool()
+    responses = torch.where(there, to_responses(sequences, starts + 1, width), 0)
+    drawn = None
+    if keep_log_probs:
+        drawn = to_responses(_padded(sample.rollout_log_probs for sample in samples).float(), starts, width) * mask
     columns = dict(known.columns)
     written = _written(prompts)
-    columns[ROW] = torch.arange(len(rows))
+    columns[ROW] = torch.arange(len(samples))
     components, names = components_of(samples)
     return Rollouts(
         prompt_keys=known.keys, prompt_rows=known.rows,
         groups=torch.tensor([prompt.place for prompt in prompts], dtype=torch.int64),
-        prompts=[row[:start].tolist() for row, start in zip(rows, starts.tolist(), strict=True)],
+        prompts=[row[:start] for row, start in zip(sequences.tolist(), starts.tolist(), strict=True)],
         responses=responses, mask=mask, scores=scores_of(samples),
-        kind=torch.zeros(len(rows), dtype=torch.int8), kinds=(POLICY,), version=torch.full((len(rows),), version),
-        rollout_log_probs=drawn * mask if drawn is not None else None, components=components, component_names=names,
+        kind=torch.zeros(len(samples), dtype=torch.int8), kinds=(POLICY,), version=torch.full((len(samples),), version),
+        rollout_log_probs=drawn, components=components, component_names=names,
         prefix=prefix_of(prompts, mask), columns=Columns(columns | written, frozenset(written)),
     )  # fmt: skip
 
@@ -106,8 +108,11 @@ def components_of(samples: Sequence[Any]) -> tuple[Tensor | None, tuple[str, ...
     names = tuple(name for name in given if name not in MEASURED and not name.startswith(PREFIX))
     if not names:
         return None, ()
-    numbers = [[float(sample.info.get(name, torch.tensor(torch.nan))) for name in names] for sample in samples]
-    return torch.tensor(numbers, dtype=torch.float32), names
+    missing = torch.tensor(torch.nan)
+    numbers = [
+        torch.stack([sample.info.get(name, missing).reshape(()).float() for sample in samples]) for name in names
+    ]
+    return torch.stack(numbers, 1), names
 
 
 def _written(prompts: Sequence[PoolPrompt]) -> dict[str, Column]:

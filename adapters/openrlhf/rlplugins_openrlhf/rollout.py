@@ -91,7 +91,8 @@ class RequestExecutor:
             )
         request = prompt.requests[0] if prompt.requests else None
         prompt.requests = prompt.requests[1:]  # the next response of this prompt, begun after this one, takes the next
-        sampling_params = deepcopy(sampling_params)
+        if request is not None or self.log_probs:
+            sampling_params = deepcopy(sampling_params)
         if self.log_probs:
             sampling_params.logprobs = 1
         text, limit = str(prompt), sampling_params.max_tokens
