@@ -7,6 +7,7 @@ Both numbers of steps are rounded up to whole episodes of 16. See `steps.py` for
 
 from __future__ import annotations
 
+import functools
 import shutil
 import statistics
 import subprocess
@@ -32,8 +33,14 @@ PARTS = {
 PROCESSES = {"driver": "PPOTrainer", "worker": "PolicyModelActor"}
 WARM = 3
 EPISODE = tiny.TRAIN // launch.PROMPTS
-INTRODUCTION = """Written by `benchmarks/openrlhf_step.py`: a tiny model, 16 responses of 16 tokens per step, and vLLM, on
-{cores} cores. With so small a model a step costs little beside what is the same for every model, so this is an upper bound."""
+MANY = [
+    "--rollout.batch_size", str(tiny.TRAIN), "--rollout.micro_batch_size", "32", "--train.batch_size", "128",
+    "--train.micro_batch_size", "32", "--data.max_samples", str(tiny.TRAIN),
+]  # fmt: skip
+"""Flags of a step of 256 responses, which is an episode."""
+INTRODUCTION = """Written by `benchmarks/openrlhf_step.py`: a tiny model, 16 responses of 16 tokens per step (256, where it
+says so), and vLLM, on {cores} cores. With so small a model a step costs little beside what is the same for every model, so
+this is an upper bound."""
 
 
 def run(folder: Path, stack: str | None, count: int) -> steps.Measured:
@@ -43,24 +50,34 @@ def run(folder: Path, stack: str | None, count: int) -> steps.Measured:
     return found | {f"peak memory of the {name}": float(peak) for name, peak in peaks.items()}
 
 
-def turns(folder: Path, pairs: int) -> list[steps.Pair]:
-    """The seconds of OpenRLHF's own and of the stack's step, of every pair but the first ones."""
-    times, _ = trained(folder, VARIANTS["grpo through the stack"], 2 * (pairs + WARM), by_turns=True)
+def turns(folder: Path, pairs: int, *, many: bool) -> list[steps.Pair]:
+    """The seconds of OpenRLHF's own and of the stack's step, of every pair but the first ones.
+
+    Args:
+        folder: of the run.
+        pairs: how many.
+        many: a quarter of them, of steps of 256 responses.
+    """
+    pairs = pairs // 4 if many else pairs
+    times, _ = trained(folder, VARIANTS["grpo through the stack"], 2 * (pairs + WARM), by_turns=True, many=many)
     ours = openrlhf_turns.ours
-    first = range(2 * WARM, len(times), 2)
+    first = range(2 * WARM, 2 * (pairs + WARM), 2)
     return [(times[step + ours(step + 1)], times[step + (not ours(step + 1))]) for step in first]
 
 
 def trained(
-    folder: Path, stack: str | None, count: int, *, by_turns: bool = False
+    folder: Path, stack: str | None, count: int, *, by_turns: bool = False, many: bool = False
 ) -> tuple[list[steps.Measured], dict[str, int]]:
     """The seconds of each step and of its parts, and the peak memory in bytes of each process."""
     shutil.rmtree(folder, ignore_errors=True)
-    count = EPISODE * -(-count // EPISODE)
+    count = count if many else EPISODE * -(-count // EPISODE)
     tiny.write(folder)
     (folder / "grpo.yaml").write_text(GRPO)
     named = stack.format(stack=folder / "grpo.yaml") if stack else None
-    words = launch.command(folder, named, ["--logger.tensorboard_dir", str(folder / LOGS)], steps=count)
+    further = ["--logger.tensorboard_dir", str(folder / LOGS)]
+    if many:
+        further += [*MANY, "--train.num_episodes", str(count)]
+    words = launch.command(folder, named, further, steps=EPISODE if many else count)
     if by_turns:
         words[1:3] = [openrlhf_turns.__file__]
     peaks = dict.fromkeys(PROCESSES, 0)
@@ -78,7 +95,13 @@ def trained(
     return [{name: found[step][f"timing/{part}"] for name, part in parts.items()} for step in sorted(found)], peaks
 
 
+TURNS = {
+    "steps of 16 responses": functools.partial(turns, many=False),
+    "steps of 256 responses": functools.partial(turns, many=True),
+}  # fmt: skip
+
+
 if __name__ == "__main__":
-    steps.Benchmark("openrlhf", STEPS_OF_OPENRLHF, INTRODUCTION, VARIANTS, run, turns).main(
+    steps.Benchmark("openrlhf", STEPS_OF_OPENRLHF, INTRODUCTION, VARIANTS, run, TURNS).main(
         rounds=6, steps=80, pairs=500
     )

@@ -39,9 +39,9 @@ Measured = dict[str, float]
 Pair = tuple[Measured, Measured]
 
 
-EXPLANATION = """By turns in one run: {pairs} pairs of a plain step and one of the stack that follow one another, in an order
+EXPLANATION = """Steps by turns: in one run, pairs of a plain step and one of the stack that follow one another, in an order
 that is drawn; of the ratios the middle 60 % count, since garbage is collected in one of ten steps of either kind, which takes
-longer than anything that is looked for. By turns of starts: {rounds} rounds of one start each, {steps} steps per start, the
+longer than anything that is looked for. Starts by turns: {rounds} rounds of one start each, {steps} steps per start, the
 median of which counts; an empty stack gives the trainer itself, so its lines show how far starts of the same thing lie apart.
 Ratios are geometric means with their 95 % interval, times are medians; memory is the largest resident size of the process."""
 
@@ -56,7 +56,7 @@ class Benchmark:
         introduction: with `{cores}`.
         variants: by name what makes each; the first is the plain trainer.
         run: measures one start, from a folder, a variant and a number of steps.
-        turns: measures a run of so many pairs of a plain step and one of the stack, from a folder.
+        turns: by name what measures a run of so many pairs of a plain step and one of the stack, from a folder.
     """
 
     trainer: str
@@ -64,7 +64,7 @@ class Benchmark:
     introduction: str
     variants: Mapping[str, Any]
     run: Callable[[Path, Any, int], Measured]
-    turns: Callable[[Path, int], list[Pair]]
+    turns: Mapping[str, Callable[[Path, int], list[Pair]]]
 
     def main(self, rounds: int, steps: int, pairs: int) -> None:
         """Run the rounds and write the section; the arguments are the defaults of the flags."""
@@ -80,16 +80,18 @@ class Benchmark:
         def measured(name: str) -> Measured:
             return self.run(folder / name.replace(" ", "-"), self.variants[name], options.steps)
 
-        in_turn = self.turns(folder / "turns", options.pairs)
-        print(f"turns: {middle([ours[STEP] / plain[STEP] for plain, ours in in_turn])}", flush=True)
+        in_turn = {name: measure(folder / "turns", options.pairs) for name, measure in self.turns.items()}
+        for name, pairs in in_turn.items():
+            print(f"{name}: {middle([ours[STEP] / plain[STEP] for plain, ours in pairs])}", flush=True)
         made = run_rounds(options.rounds, self.variants, measured)
         base, *others = self.variants
         lines = [f"| | measured | {base} | ours | ratio | target |  |", "|---|---|---|---|---|---|---|"]
-        lines += rows("grpo, steps by turns in one run", in_turn, middle, TARGET)
+        for name, pairs in in_turn.items():
+            lines += rows(f"grpo, {name} by turns, {len(pairs)} pairs", pairs, middle, TARGET)
         for name in others:
             lines += rows(f"{name}, starts by turns", [(found[base], found[name]) for found in made], interval)
         parts = [
-            self.introduction.format(cores=psutil.cpu_count()), EXPLANATION.format(pairs=len(in_turn), rounds=len(made),
+            self.introduction.format(cores=psutil.cpu_count()), EXPLANATION.format(rounds=len(made),
             steps=options.steps), "\n".join(lines), f"Run with {self.trainer} {installed(self.trainer)}, "
             f"torch {installed('torch')}.",
         ]  # fmt: skip

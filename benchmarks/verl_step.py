@@ -81,4 +81,6 @@ def trained(
 
 
 if __name__ == "__main__":
-    steps.Benchmark("verl", STEPS_OF_VERL, INTRODUCTION, VARIANTS, run, turns).main(rounds=6, steps=30, pairs=250)
+    steps.Benchmark("verl", STEPS_OF_VERL, INTRODUCTION, VARIANTS, run, {"steps": turns}).main(
+        rounds=6, steps=30, pairs=250
+    )
