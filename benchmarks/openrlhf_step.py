@@ -39,8 +39,8 @@ MANY = [
 ]  # fmt: skip
 """Flags of a step of 256 responses, which is an episode."""
 INTRODUCTION = """Written by `benchmarks/openrlhf_step.py`: a tiny model, 16 responses of 16 tokens per step (256, where it
-says so), and vLLM, on {cores} cores. With so small a model a step costs little beside what is the same for every model, so
-this is an upper bound."""
+says so), and vLLM, on {cores} cores. A larger model brings the ratios closer to 1: what a stack costs is the same for every
+model."""
 
 
 def run(folder: Path, stack: str | None, count: int) -> steps.Measured:

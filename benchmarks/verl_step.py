@@ -38,7 +38,7 @@ PROCESSES = {"driver": "TaskRunnerV1", "worker": "WorkerDict"}
 STEP, OWN = steps.STEP, "time of a step without generation"
 WARM = 3
 INTRODUCTION = """Written by `benchmarks/verl_step.py`: a model of 0.1 M parameters, 32 responses of 16 tokens per step, on
-{cores} cores. With so small a model a step costs little beside what is the same for every model, so this is an upper bound."""
+{cores} cores. A larger model brings the ratios closer to 1: what a stack costs is the same for every model."""
 
 
 def run(folder: Path, overrides: Sequence[str], count: int) -> steps.Measured:
