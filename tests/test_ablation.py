@@ -123,8 +123,15 @@ class Workshop:
             "run_study(study, folder / 'out', jobs=2, check=lambda stack, options: None, command=command)\n"
         )
         return subprocess.Popen(
-            [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=heed_signals,
+        )  # fmt: skip
+
+
+def heed_signals():
+    """Undo what `nohup` and a shell's background leave to their children: signals that are ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
