@@ -189,9 +189,10 @@ def uid_of(place: int, prompt: int) -> str:
 
 
 def origin_of(key: str) -> tuple[int, int]:
-    """Place and prompt (see `uid_of`) of a row with this key."""
-    _, place, prompt = key.split("_")[0].rsplit(".", 2)
-    return int(place), int(prompt)
+    """Place and prompt (see `uid_of`) of a row with this key; -1, -1 of one that was sent before a stack was there."""
+    _, *origin = key.split("_")[0].rsplit(".", 2)
+    place, prompt = map(int, origin or (-1, -1))
+    return place, prompt
 
 
 def in_order(keys: Sequence[str]) -> list[str]:
@@ -205,7 +206,7 @@ def in_order(keys: Sequence[str]) -> list[str]:
             "an agent loop gave several outputs for one request; rlplugins takes one response per request: choose another "
             "agent loop (actor_rollout_ref.rollout.agent.default_agent_loop)"
         )
-    return sorted(keys, key=lambda key: (origin_of(key)[0], int(key.rsplit("_", 2)[1])))
+    return sorted(keys, key=lambda key: (origin_of(key)[0], key.split("_")[0], int(key.rsplit("_", 2)[1])))
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def pack(columns: Mapping[str, Column], there: Mapping[str, str] | None = None) 
         columns: of B rows, `mask` among them.
         there: columns that need not be sent, and the name under which verl's store has them.
     """
-    mask = columns["mask"]
+    mask, there = columns["mask"], there or {}
     assert isinstance(mask, Tensor)
     width = mask.shape[1]
     sizes = ((torch.arange(width) + 1) * mask.bool().cpu()).amax(1).clamp(min=1).tolist()
@@ -258,8 +259,8 @@ def pack(columns: Mapping[str, Column], there: Mapping[str, str] | None = None) 
         key = f"{PREFIX}{name}"
         if not isinstance(column, Tensor):
             places[name], packed[key] = Place(key), list(column)
-        elif name in (there or {}):
-            places[name] = Place((there or {})[name], column.dtype)
+        elif name in there:
+            places[name] = Place(there[name], column.dtype)
         elif _has_tokens(name, column, width):
             places[name] = Place(key, column.dtype)
             packed[key] = [row[:size].clone() for row, size in zip(column.unbind(), sizes, strict=True)]

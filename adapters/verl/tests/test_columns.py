@@ -127,6 +127,13 @@ def test_columns_of_the_update_come_back_as_they_were(sent_by_verl: bool) -> Non
     assert found["note"] == ["a", "b", "d"]
 
 
+def test_rows_that_a_run_without_a_stack_had_sent_are_of_no_prompt_of_the_pool() -> None:
+    keys = ["5e-b_1_0", f"{rows_of_verl.uid_of(0, 1)}_0_0", "5e-a_0_0", "5e-b_0_0"]
+    assert rows_of_verl.in_order(keys) == ["5e-a_0_0", "5e-b_0_0", "5e-b_1_0", keys[1]]
+    found = rows_of_verl.to_rollouts(stored_rows([1, 1, 1]), rows_of_verl.in_order(keys)[:3], pool().prompts, 0)
+    assert found.prompt_rows.tolist() == [-1] * 3 and found.groups.tolist() == [0, 1, 1]
+
+
 def test_columns_of_one_token_keep_their_shape() -> None:
     mask = torch.ones((2, 1), dtype=torch.bool)
     packed, packing = rows_of_verl.pack({"mask": mask, "advantages": torch.tensor([[1.0], [2.0]])})
